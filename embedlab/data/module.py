@@ -1,0 +1,297 @@
+"""ImageData: a folder, manifest or torchvision data set as a LightningDataModule."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from embedlab._types import Batch
+from embedlab.data.images import Fit, OnError
+from embedlab.data.samplers import BalancedBatches, EvaluationBatches, ShuffledBatches
+from embedlab.data.sources import Source, open_source
+from embedlab.data.splits import read_split, split_by_class, split_by_group, split_by_sample, write_split
+from embedlab.data.views import Views, color_statistics, to_float
+
+log = logging.getLogger("embedlab")
+
+class ImageBatches(Dataset[Batch]):
+    """Rows of a source as batches of uint8 images; decoded once and kept while they fit into the cache.
+
+    Args:
+        source: Where the images are.
+        rows: Row numbers of the source that belong here; they are the batch's `index`.
+        numbers: Class number of every row of the source, or None.
+        image_size: Side in pixels.
+        channels: 3 or 1.
+        fit: How images become square.
+        on_error: What an unreadable file does.
+        cache_gib: Up to this many GiB are kept in memory.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        rows: np.ndarray,
+        *,
+        numbers: np.ndarray | None,
+        image_size: int,
+        channels: int = 3,
+        fit: Fit = "crop",
+        on_error: OnError = "stop",
+        cache_gib: float = 4.0,
+    ) -> None:
+        self.source = source
+        self.rows = rows
+        self.numbers = numbers
+        self.image_size = image_size
+        self.channels = channels
+        self.fit: Fit = fit
+        self.on_error: OnError = on_error
+        self.cache: Tensor | None = None
+        if len(rows) * channels * image_size**2 <= cache_gib * 2**30:
+            images, self.rows = self._decode(rows)
+            self.cache = torch.from_numpy(images)
+
+    def _decode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images, kept, _ = self.source.read(
+            rows, self.image_size, channels=self.channels, how=self.fit, on_error=self.on_error
+        )
+        return images, np.asarray(kept)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class number of each sample."""
+        if self.numbers is None:
+            raise ValueError("The data has no labels, but balanced batches or a supervised loss need them.")
+        labels: np.ndarray = self.numbers[self.rows]
+        return labels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, positions: list[int]) -> Batch:  # type: ignore[override]
+        rows = self.rows[positions]
+        if self.cache is None:
+            images, rows = self._decode(rows)
+            view = torch.from_numpy(images)
+        else:
+            view = self.cache[positions]
+        labels = None if self.numbers is None else torch.from_numpy(self.numbers[rows])
+        return Batch((view,), labels, torch.from_numpy(rows))
+
+
+class ImageData(pl.LightningDataModule):
+    """Images with labels, split into the roles train, calibrate and test.
+
+    The training role gives random views on the device; calibrate (validation) and test give the plain image.
+
+    Args:
+        root: A folder of images (label = the image's folder), a CSV or Parquet manifest (`path,label[,split,...]`), a
+            torchvision data set by name, or a `Source`.
+        image_size: Side of the network's input in pixels.
+        decode_size: Side at which training images are kept before views are cut from them; None takes image_size.
+        channels: 3 for colour, 1 for grey.
+        fit: How an image of another shape becomes square: "crop", "stretch" or "pad".
+        mean: Per channel, of images in [0, 1]; None is ImageNet's.
+        std: As mean.
+        select: Keep the rows of a manifest whose columns have these values, such as `{photo_set: train}`.
+        split: Roles by identity ("class": no label is in two roles), by the column `group`, by sample, or from the
+            manifest's column `split` ("column"); "none" trains on everything.
+        fractions: Shares of train, calibrate and test.
+        labels_per_class: Train on this many images of each class only, drawn with the seed.
+        batch_size: Images per process and step.
+        images_per_class: K of balanced batches of P classes x K images, P = batch_size / K; None shuffles.
+        batches_per_epoch: Steps per epoch of balanced batches; None covers as many images as there are.
+        views: Random augmentation of the training images.
+        seed: Of the split, the order and the views.
+        workers: Decoding processes for data that does not fit into the cache.
+        cache_gib: Decoded images up to this size are kept in memory, so that later epochs decode nothing.
+        on_error: "stop" at the first unreadable image, or "skip" (logged; more than 1 % is an error).
+    """
+
+    def __init__(
+        self,
+        root: str | Path | Source,
+        *,
+        image_size: int = 112,
+        decode_size: int | None = None,
+        channels: int = 3,
+        fit: Fit = "crop",
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        select: dict[str, str] | None = None,
+        split: Literal["class", "group", "sample", "column", "none"] = "class",
+        fractions: tuple[float, float, float] = (0.6, 0.2, 0.2),
+        labels_per_class: int | None = None,
+        batch_size: int = 128,
+        images_per_class: int | None = None,
+        batches_per_epoch: int | None = None,
+        views: Views = Views(),  # noqa: B008 - frozen, so sharing it is harmless
+        seed: int = 0,
+        workers: int = 0,
+        cache_gib: float = 4.0,
+        on_error: OnError = "stop",
+    ) -> None:
+        super().__init__()
+        self.root = root
+        self.image_size = image_size
+        self.decode_size = decode_size or image_size
+        self.channels = channels
+        self.fit: Fit = fit
+        self.mean, self.std = color_statistics(channels, mean, std)
+        self.select = select
+        self.split = split
+        self.fractions = fractions
+        self.labels_per_class = labels_per_class
+        self.batch_size = batch_size
+        self.images_per_class = images_per_class
+        self.batches_per_epoch = batches_per_epoch
+        self.views = views
+        self.seed = seed
+        self.workers = workers
+        self.cache_gib = cache_gib
+        self.on_error: OnError = on_error
+        self.source: Source | None = None
+        self._datasets: dict[str, ImageBatches] = {}
+
+    @property
+    def preprocessing(self) -> dict[str, object]:
+        """What an `Encoder` trained on this data must do to an image: its keyword arguments."""
+        return {
+            "image_size": self.image_size,
+            "channels": self.channels,
+            "mean": self.mean,
+            "std": self.std,
+            "fit": self.fit,
+        }
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Read the file list and draw the roles once; write them to split.csv in the run folder."""
+        if self.source is not None:
+            return
+        source = self.root if isinstance(self.root, Source) else open_source(self.root)
+        if self.select:
+            source = source.select(self.select)
+        self.roles = self._draw_roles(source)
+        self.class_names, self.numbers = _number_classes(source, self.roles)
+        self.num_classes = len(set(np.asarray(source.labels)[self.roles == "train"])) if source.labels else 0
+        self.source = source
+        for role in ("train", "calibrate", "test"):
+            log.info("%s: %d images", role, int((self.roles == role).sum()))
+        if self.trainer is not None and self.trainer.is_global_zero and self.trainer.logger is not None:
+            write_split(Path(self.trainer.default_root_dir) / "split.csv", source, self.roles)
+
+    def _draw_roles(self, source: Source) -> np.ndarray:
+        if self.split == "none":
+            return np.full(len(source), "train", dtype=object)
+        if self.split == "column":
+            return read_split(source)
+        if self.split == "group":
+            if "group" not in source.columns:
+                raise ValueError(f"split=group needs a column 'group'; {self.root} has {sorted(source.columns) or 'none'}.")
+            return split_by_group(source.columns["group"], self.fractions, seed=self.seed)
+        if self.split == "sample":
+            return split_by_sample(source.labels or source.names, self.fractions, seed=self.seed)
+        if source.labels is None:
+            raise ValueError(f"split=class needs labels, but {self.root} has none; use split=sample or split=none.")
+        return split_by_class(source.labels, self.fractions, seed=self.seed)
+
+    def dataset(self, role: str) -> ImageBatches:
+        """The images of one role."""
+        if role not in self._datasets:
+            if self.source is None:
+                raise ValueError("Call setup() first; a Trainer does it by itself.")
+            rows = np.flatnonzero(self.roles == role)
+            if role == "train" and self.labels_per_class is not None:
+                rows = self._few_per_class(rows)
+            self._datasets[role] = ImageBatches(
+                self.source,
+                rows,
+                numbers=self.numbers,
+                image_size=self.decode_size if role == "train" else self.image_size,
+                channels=self.channels,
+                fit=self.fit,
+                on_error=self.on_error,
+                cache_gib=self.cache_gib,
+            )
+        return self._datasets[role]
+
+    def _few_per_class(self, rows: np.ndarray) -> np.ndarray:
+        if self.numbers is None:
+            raise ValueError(f"labels_per_class needs labels, but {self.root} has none.")
+        rows = np.random.default_rng([self.seed, 1]).permutation(rows)
+        chosen = [rows[self.numbers[rows] == number][: self.labels_per_class] for number in range(self.num_classes)]
+        return np.sort(np.concatenate(chosen))
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Endless variety: shuffled or balanced batches of uint8 images."""
+        dataset = self.dataset("train")
+        sampler: ShuffledBatches | BalancedBatches
+        if self.images_per_class is None:
+            sampler = ShuffledBatches(len(dataset), self.batch_size, seed=self.seed)
+        else:
+            sampler = BalancedBatches(
+                dataset.labels,
+                self.batch_size // self.images_per_class,
+                images_per_class=self.images_per_class,
+                batches=self.batches_per_epoch,
+                seed=self.seed,
+            )
+        return self._loader(dataset, sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[object]:
+        """The calibrate role, in order; nothing where it is empty."""
+        return self._evaluation("calibrate")
+
+    def test_dataloader(self) -> DataLoader[Batch] | list[object]:
+        """The test role, in order; nothing where it is empty."""
+        return self._evaluation("test")
+
+    def _evaluation(self, role: str) -> DataLoader[Batch] | list[object]:
+        if not (self.roles == role).any():
+            return []
+        dataset = self.dataset(role)
+        return self._loader(dataset, EvaluationBatches(len(dataset), self.batch_size))
+
+    def _loader(
+        self, dataset: ImageBatches, sampler: ShuffledBatches | BalancedBatches | EvaluationBatches
+    ) -> DataLoader[Batch]:
+        workers = 0 if dataset.cache is not None else self.workers
+        return DataLoader(
+            dataset, batch_size=None, sampler=sampler, num_workers=workers, persistent_workers=workers > 0
+        )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:  # noqa: ARG002
+        """Make the views where the network is, and normalise them."""
+        trainer = self.trainer
+        (images,) = batch.views
+        if trainer is not None and trainer.training:
+            views = self.views(
+                images, batch.index, size=self.image_size, seed=self.seed, epoch=trainer.current_epoch
+            )
+        else:
+            views = (to_float(images),)
+        return Batch(tuple(self.normalize(view) for view in views), batch.labels, batch.index)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] to zero mean and unit deviation, as the Encoder does inside."""
+        shape = (1, -1, 1, 1)
+        return (images - images.new_tensor(self.mean).view(shape)) / images.new_tensor(self.std).view(shape)
+
+
+def _number_classes(source: Source, roles: np.ndarray) -> tuple[list[str], np.ndarray | None]:
+    """Training classes are 0 ... num_classes - 1 in sorted order; classes that are only in other roles follow."""
+    if source.labels is None:
+        return [], None
+    labels = np.asarray(source.labels, dtype=object)
+    training = sorted(set(labels[roles == "train"]))
+    names = training + sorted(set(labels) - set(training))
+    number = {name: position for position, name in enumerate(names)}
+    return names, np.array([number[label] for label in labels], dtype=np.int64)

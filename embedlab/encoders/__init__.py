@@ -1,0 +1,9 @@
+"""Backbones, heads, and the Encoder that joins, saves and applies them."""
+
+from embedlab.encoders.backbones import ResNet as ResNet
+from embedlab.encoders.backbones import TimmBackbone as TimmBackbone
+from embedlab.encoders.encoder import Encoder as Encoder
+from embedlab.encoders.encoder import EncoderError as EncoderError
+from embedlab.encoders.heads import LinearHead as LinearHead
+from embedlab.encoders.heads import MLPHead as MLPHead
+from embedlab.encoders.heads import connect as connect

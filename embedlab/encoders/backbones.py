@@ -1,0 +1,193 @@
+"""Backbones: images (B, C, H, W) to pooled features (B, F)."""
+
+from __future__ import annotations
+
+import math
+import socket
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+_LAYERS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    "resnet10": (BasicBlock, [1, 1, 1, 1]),
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+}
+
+
+class PretrainedUnavailableError(RuntimeError):
+    """Pretrained weights were asked for and cannot be had here."""
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def _require_reachable(url: str, what: str) -> None:
+    """Fail in seconds, not in a minute of a library's retries."""
+    address = urlparse(url)
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=3).close()
+    except OSError as error:
+        raise PretrainedUnavailableError(
+            f"{what} is not in the local cache and {address.hostname} cannot be reached ({error}). Leave out "
+            "pretrained to start from random weights, or fetch the file once on a machine with internet and copy "
+            "its cache folder here."
+        ) from error
+
+
+class ResNet(nn.Module):
+    """Residual network of torchvision without its classifier, He et al. 2016 (https://arxiv.org/abs/1512.03385).
+
+    Args:
+        name: "resnet10" (one block per stage), "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152".
+        stem: "imagenet": 7x7 stride 2 and max-pooling, for 96 px and more. "small": 3x3 stride 1 without pooling,
+            for 32 px images.
+        width: Multiplies the number of channels of every stage.
+        in_channels: Channels of the images; pretrained weights are adapted by averaging over colours.
+        norm: "batch", or "group" (no statistics over the batch: the same on one device and on many).
+        pretrained: Start from torchvision's ImageNet weights (needs stem="imagenet", norm="batch", width=1).
+
+    Shape: images (B, in_channels, H, W), normalised, to features (B, out_features).
+
+    Example:
+        >>> ResNet("resnet10", stem="small", width=0.25, norm="group")(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 128])
+    """
+
+    def __init__(
+        self,
+        name: str = "resnet18",
+        *,
+        stem: Literal["imagenet", "small"] = "imagenet",
+        width: float = 1.0,
+        in_channels: int = 3,
+        norm: Literal["batch", "group"] = "batch",
+        pretrained: bool = False,
+    ) -> None:
+        super().__init__()
+        if name not in _LAYERS:
+            raise ValueError(f"ResNet knows {', '.join(_LAYERS)}; got {name!r}. For others use TimmBackbone.")
+        if stem not in ("imagenet", "small") or norm not in ("batch", "group"):
+            raise ValueError(f"ResNet takes stem imagenet|small and norm batch|group, got {stem!r} and {norm!r}.")
+        if width <= 0 or in_channels < 1:
+            raise ValueError(f"ResNet needs width > 0 and in_channels >= 1, got {width} and {in_channels}.")
+        self.config: dict[str, Any] = {
+            "name": name,
+            "stem": stem,
+            "width": width,
+            "in_channels": in_channels,
+            "norm": norm,
+        }
+        self.in_channels = in_channels
+        self.net = _build(name, stem, width, in_channels, norm)
+        self.out_features: int = self.net.fc.in_features
+        self.net.fc = nn.Identity()
+        if pretrained:
+            if stem != "imagenet" or norm != "batch" or width != 1 or name == "resnet10":
+                raise ValueError(
+                    f"ImageNet weights exist for the unchanged resnet18 ... resnet152, not for {self.config}; use "
+                    "stem='imagenet', norm='batch', width=1 or leave out pretrained."
+                )
+            _load_imagenet(self.net, name, in_channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.net(images)
+        return features
+
+
+def _build(name: str, stem: str, width: float, in_channels: int, norm: str) -> torchvision.models.ResNet:
+    """torchvision's class, with its own stage builder called again where width or stem differ."""
+    block, layers = _LAYERS[name]
+    normalization = nn.BatchNorm2d if norm == "batch" else _group_norm
+    net = torchvision.models.ResNet(block, layers, norm_layer=normalization)
+    planes = [max(8, round(64 * width * 2**stage / 8) * 8) for stage in range(4)]
+    if stem == "small":
+        net.conv1 = nn.Conv2d(in_channels, planes[0], 3, stride=1, padding=1, bias=False)
+        net.maxpool = nn.Identity()
+    else:
+        net.conv1 = nn.Conv2d(in_channels, planes[0], 7, stride=2, padding=3, bias=False)
+    net.inplanes = planes[0]
+    net.bn1 = normalization(planes[0])
+    for stage in range(4):
+        stride = 1 if stage == 0 else 2
+        setattr(net, f"layer{stage + 1}", net._make_layer(block, planes[stage], layers[stage], stride=stride))
+    net.fc = nn.Linear(planes[3] * block.expansion, 1)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return net
+
+
+def _load_imagenet(net: torchvision.models.ResNet, name: str, in_channels: int) -> None:
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(weights.url).path).name
+    if not cached.is_file():
+        _require_reachable(weights.url, f"ImageNet weights of {name} ({cached.name})")
+    state = weights.get_state_dict(progress=True, check_hash=True)
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    if in_channels != 3:  # the same response to a grey picture, whatever the number of channels
+        state["conv1.weight"] = state["conv1.weight"].mean(1, keepdim=True).repeat(1, in_channels, 1, 1) * 3 / in_channels
+    net.load_state_dict(state)
+
+
+class TimmBackbone(nn.Module):
+    """Any image model of timm as a backbone (extra `timm`).
+
+    Args:
+        name: timm's name, such as "vit_small_patch16_224"; `timm.list_models()` lists them.
+        in_channels: Channels of the images.
+        image_size: For models with a fixed input size, such as vision transformers; None keeps the model's own.
+        pretrained: Load timm's weights.
+
+    Shape: images (B, in_channels, H, W), normalised, to features (B, out_features).
+    """
+
+    def __init__(
+        self, name: str, *, in_channels: int = 3, image_size: int | None = None, pretrained: bool = False
+    ) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ImportError as error:
+            raise ImportError("TimmBackbone needs timm: pip install 'embedlab[timm]'") from error
+        if not timm.is_model(name):
+            near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+            raise ValueError(f"timm has no model {name!r}; near names: {', '.join(near) or 'none'}.")
+        self.config: dict[str, Any] = {"name": name, "in_channels": in_channels, "image_size": image_size}
+        self.in_channels = in_channels
+        options: dict[str, Any] = {"in_chans": in_channels, "num_classes": 0}
+        if image_size is not None:
+            options["img_size"] = image_size
+        self.net = timm.create_model(name, pretrained=pretrained, **options, **_timm_cache(name, pretrained))
+        self.out_features: int = self.net.num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.net(images)
+        return features
+
+
+def _timm_cache(name: str, pretrained: bool) -> dict[str, Any]:
+    """Point timm at a cached weight file, or fail quickly when there is neither file nor network."""
+    if not pretrained:
+        return {}
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    source = timm.get_pretrained_cfg(name)
+    if source is None:
+        raise ValueError(f"timm has no pretrained weights for {name!r}; leave out pretrained.")
+    for filename in ("model.safetensors", "pytorch_model.bin"):
+        cached = try_to_load_from_cache(source.hf_hub_id, filename) if source.hf_hub_id else None
+        if isinstance(cached, str):
+            return {"pretrained_cfg_overlay": {"file": cached}}
+    _require_reachable("https://huggingface.co" if source.hf_hub_id else source.url, f"timm weights of {name}")
+    return {}

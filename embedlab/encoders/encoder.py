@@ -1,0 +1,349 @@
+"""The Encoder: preprocessing, backbone and head as one thing that can be saved, checked and applied to files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from embedlab._ops import normalize
+from embedlab._types import Embeddings
+from embedlab.data.images import Fit, OnError, read_images, report_skipped
+from embedlab.data.sources import Source
+from embedlab.data.views import color_statistics
+from embedlab.encoders.backbones import ResNet, TimmBackbone
+from embedlab.encoders.heads import LinearHead, MLPHead, connect
+
+log = logging.getLogger("embedlab")
+
+FORMAT = "embedlab-encoder"
+FORMAT_VERSION = 1
+_ARCHITECTURES: dict[str, type[nn.Module]] = {
+    kind.__name__: kind for kind in (ResNet, TimmBackbone, MLPHead, LinearHead)
+}
+_DIGEST = re.compile(rb'"digest": "([0-9a-f]{32})"')
+SKIP_LIMIT = 0.01  # the largest share of unreadable files that on_error="skip" leaves out
+_CHUNK = 2048  # images decoded at a time: bounds memory whatever the number of files
+
+
+class EncoderError(ValueError):
+    """A saved encoder is missing, damaged, or needs something that was not given."""
+
+
+class Encoder(nn.Module):
+    """Images to unit vectors.
+
+    Args:
+        backbone: Normalised images (B, C, H, W) to features (B, F).
+        head: Features to embeddings (B, D); None uses the features themselves.
+        image_size: Side in pixels that `preprocess` brings images to.
+        channels: 3 for colour, 1 for grey; None takes the backbone's `in_channels`, else 3.
+        mean: Per channel, of images in [0, 1]; None is ImageNet's.
+        std: As mean.
+        fit: How an image of another shape becomes square: "crop", "stretch" or "pad".
+
+    Shape: images (B, C, H, W), uint8 or float in [0, 1], to (B, D) float32 of unit length.
+
+    Example:
+        >>> encoder = Encoder(ResNet("resnet10", stem="small", width=0.25), image_size=32).eval()
+        >>> encoder(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape
+        torch.Size([2, 128])
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module | None = None,
+        *,
+        image_size: int = 224,
+        channels: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        fit: Fit = "crop",
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.dim = connect(backbone, head)
+        self.image_size = image_size
+        self.channels = channels or getattr(backbone, "in_channels", 3)
+        self.fit: Fit = fit
+        self.statistics = color_statistics(self.channels, mean, std)
+        for name, value in zip(("mean", "std"), self.statistics, strict=True):
+            self.register_buffer(name, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What happens to an image before the backbone sees it."""
+        return {
+            "image_size": self.image_size,
+            "channels": self.channels,
+            "fit": self.fit,
+            "mean": list(self.statistics[0]),
+            "std": list(self.statistics[1]),
+        }
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Class and constructor arguments of backbone and head."""
+        return {"backbone": _describe(self.backbone), "head": None if self.head is None else _describe(self.head)}
+
+    @property
+    def fingerprint(self) -> str:
+        """BLAKE2b of architecture, preprocessing and weights: two encoders with the same one give the same vectors."""
+        digest = hashlib.blake2b(json.dumps([self.architecture, self.preprocessing]).encode(), digest_size=16)
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != self.channels:
+            raise ValueError(
+                f"Encoder takes images (B, {self.channels}, H, W), got {tuple(images.shape)}; channels come second, and "
+                "grey images have 1 channel."
+            )
+        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        embeddings = self.backbone((images - self.mean) / self.std)
+        if self.head is not None:
+            embeddings = self.head(embeddings)
+        return normalize(embeddings)
+
+    def preprocess(self, images: np.ndarray | Tensor) -> Tensor:
+        """Bring a batch of images to the encoder's size.
+
+        Args:
+            images: (N, C, H, W), uint8 or float in [0, 1].
+
+        Returns:
+            (N, C, image_size, image_size), uint8 or float as it came.
+        """
+        batch = torch.as_tensor(images)
+        if batch.ndim != 4 or batch.shape[1] != self.channels:
+            raise ValueError(
+                f"Encoder takes images (N, {self.channels}, H, W), got {tuple(batch.shape)}; channels come second. "
+                "For files give their paths."
+            )
+        if batch.is_floating_point() and len(batch) and not 0 <= float(batch.min()) <= float(batch.max()) <= 1:
+            raise ValueError(
+                f"Float images must lie in [0, 1], got [{float(batch.min()):.3g}, {float(batch.max()):.3g}]; divide by "
+                "255, or give uint8. Mean and standard deviation are applied inside."
+            )
+        size = self.image_size
+        if batch.shape[-2:] == (size, size):
+            return batch
+        height, width = batch.shape[-2:]
+        if self.fit == "crop":
+            scale = size / min(height, width)
+            height, width = max(size, round(height * scale)), max(size, round(width * scale))
+            batch = F.interpolate(batch, (height, width), mode="bilinear", antialias=True)
+            top, left = (height - size) // 2, (width - size) // 2
+            return batch[..., top : top + size, left : left + size]
+        if self.fit == "pad":
+            missing = max(height, width) - torch.tensor([height, width])
+            top, left = (missing // 2).tolist()
+            bottom, right = (missing - missing // 2).tolist()
+            white = 255 if batch.dtype == torch.uint8 else 1.0
+            batch = F.pad(batch, (left, right, top, bottom), value=white)
+        return F.interpolate(batch, (size, size), mode="bilinear", antialias=True)
+
+    def embed(
+        self,
+        images: Source | Sequence[str | Path] | np.ndarray | Tensor,
+        *,
+        batch_size: int = 128,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        on_error: OnError = "stop",
+        progress: bool = True,
+    ) -> Embeddings:
+        """Embed files, a data source or arrays, on the device that holds the weights.
+
+        Args:
+            images: Paths, a `Source`, or (N, C, H, W) uint8 or float in [0, 1].
+            batch_size: Images per forward pass.
+            precision: "bfloat16" is 2-3 times faster on recent processors and changes a cosine by about 0.001.
+            on_error: "stop" raises at the first unreadable file, "skip" leaves it out and logs it (1 % at most).
+            progress: Show a bar on stderr when it takes longer than a second.
+
+        Returns:
+            Embeddings whose ids are row numbers of the input; labels and paths as far as the input has them.
+        """
+        source = images if isinstance(images, Source) else None
+        paths = None if source or isinstance(images, np.ndarray | Tensor) else [os.fspath(path) for path in images]
+        names = source.names if source else paths
+        vectors, kept, skipped = [np.zeros((0, self.dim), np.float32)], [np.zeros(0, np.int64)], []
+        training = self.training
+        self.eval()
+        with tqdm(total=len(images), desc="embed", unit="img", delay=1, disable=not progress) as bar:
+            for start in range(0, len(images), _CHUNK):
+                rows = np.arange(start, min(start + _CHUNK, len(images)))
+                bar.update(len(rows))
+                if names is None:
+                    chunk = self.preprocess(images[start : start + _CHUNK])  # type: ignore[index]
+                else:
+                    decoded, rows, bad = self._decode(source, paths, rows, on_error)
+                    skipped += bad
+                    chunk = torch.from_numpy(decoded)
+                kept.append(rows)
+                vectors += [self._embed_batch(part, precision) for part in chunk.split(batch_size) if len(part)]
+        self.train(training)
+        report_skipped(skipped, len(images), SKIP_LIMIT)
+        ids = np.concatenate(kept)
+        return Embeddings(
+            vectors=np.concatenate(vectors),
+            labels=[source.labels[row] for row in ids] if source and source.labels else None,
+            ids=ids,
+            paths=None if names is None else [names[row] for row in ids],
+        )
+
+    def _decode(
+        self, source: Source | None, paths: list[str] | None, rows: np.ndarray, on_error: OnError
+    ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
+        """Read rows of a source, or of a list of paths, which may name a file twice."""
+        if source is not None:
+            return source.read(
+                rows, self.image_size, channels=self.channels, how=self.fit, on_error=on_error, skip_limit=1.0
+            )
+        assert paths is not None
+        images, kept, skipped = read_images(
+            [paths[row] for row in rows],
+            self.image_size,
+            channels=self.channels,
+            how=self.fit,
+            on_error=on_error,
+            skip_limit=1.0,
+        )
+        return images, rows[kept], skipped
+
+    @torch.no_grad()
+    def _embed_batch(self, images: Tensor, precision: str) -> np.ndarray:
+        images = images.to(self.mean.device)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            vectors: np.ndarray = self(images).float().cpu().numpy()
+        return vectors
+
+    def save(self, folder: str | Path) -> None:
+        """Write encoder.json and encoder.safetensors, with a digest over every byte of both.
+
+        An encoder that stands at `folder` already is replaced in one step.
+        """
+        folder = Path(folder)
+        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
+        weights = save_tensors(state)
+        description = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "digest": "0" * 32,
+            "fingerprint": self.fingerprint,
+            "dim": self.dim,
+            "architecture": self.architecture,
+            "preprocessing": self.preprocessing,
+        }
+        text = (json.dumps(description, indent=1) + "\n").encode()
+        text = text.replace(b'"digest": "' + b"0" * 32, b'"digest": "' + _digest(text, weights).encode())
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        for name, content in (("encoder.safetensors", weights), ("encoder.json", text)):
+            with (fresh / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        os.chmod(fresh, 0o755)
+        old = fresh.with_name(fresh.name + "-old")
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(fresh, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: str | Path, backbone: nn.Module | None = None, *, head: nn.Module | None = None) -> Encoder:
+        """Read a saved encoder; every byte is checked before it is used, and no code from the files is run.
+
+        Args:
+            folder: What `save` was given.
+            backbone: An instance of your own class, where the encoder was saved with one.
+            head: As backbone.
+
+        Raises:
+            EncoderError: Missing or damaged files, another format version, or an own class without its instance.
+        """
+        description, weights = _read_checked(Path(folder))
+        architecture, preprocessing = description["architecture"], description["preprocessing"]
+        encoder = cls(
+            _construct(architecture["backbone"], backbone, "backbone", folder),
+            None if architecture["head"] is None else _construct(architecture["head"], head, "head", folder),
+            **preprocessing,
+        )
+        try:
+            encoder.load_state_dict(load_tensors(weights))
+        except RuntimeError as error:
+            raise EncoderError(f"{folder}: the weights do not fit the given backbone or head: {error}") from error
+        return encoder.eval()
+
+
+def _describe(module: nn.Module) -> dict[str, Any]:
+    kind = type(module)
+    if _ARCHITECTURES.get(kind.__name__) is kind:
+        return {"class": kind.__name__, **module.config}  # type: ignore[dict-item]
+    return {"class": "custom", "name": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def _construct(description: dict[str, Any], instance: nn.Module | None, part: str, folder: str | Path) -> nn.Module:
+    arguments = dict(description)
+    kind = arguments.pop("class")
+    if instance is not None:
+        return instance
+    if kind not in _ARCHITECTURES:
+        raise EncoderError(
+            f"{folder} was saved with the {part} class {description.get('name', kind)!r}, which is not one of ours "
+            f"({', '.join(_ARCHITECTURES)}); loading runs no foreign code. Give it: Encoder.load(folder, "
+            f"{part}=YourClass(...))."
+        )
+    return _ARCHITECTURES[kind](**arguments)
+
+
+def _digest(text: bytes, weights: bytes) -> str:
+    """BLAKE2b over both files, with the digest's own place in the text set to zeros."""
+    blank = _DIGEST.sub(b'"digest": "' + b"0" * 32 + b'"', text, count=1)
+    return hashlib.blake2b(len(blank).to_bytes(8, "little") + blank + weights, digest_size=16).hexdigest()
+
+
+def _read_checked(folder: Path) -> tuple[dict[str, Any], bytes]:
+    try:
+        text, weights = (folder / "encoder.json").read_bytes(), (folder / "encoder.safetensors").read_bytes()
+    except OSError as error:
+        raise EncoderError(
+            f"{folder} holds no saved encoder ({error}); expected encoder.json and encoder.safetensors as left by "
+            "'embedlab fit' in its run folder under encoder/."
+        ) from error
+    found = _DIGEST.search(text)
+    if found is None or found[1].decode() != _digest(text, weights):
+        raise EncoderError(
+            f"{folder} is damaged: its bytes do not match the digest in encoder.json. Copy it again from the original, "
+            "or train again."
+        )
+    description: dict[str, Any] = json.loads(text)
+    if description["format"] != FORMAT or description["version"] != FORMAT_VERSION:
+        raise EncoderError(
+            f"{folder} has format {description['format']} version {description['version']}, this embedlab reads "
+            f"{FORMAT} version {FORMAT_VERSION}; update embedlab."
+        )
+    return description, weights

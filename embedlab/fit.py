@@ -1,0 +1,201 @@
+"""`embedlab fit`: a recipe drives Lightning through its own command line (typed, with --print_config)."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import inspect
+import json
+import logging
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytorch_lightning as pl
+from jsonargparse import ActionConfigFile
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from embedlab.methods import Method
+from embedlab.methods.callbacks import SaveEncoder
+from embedlab.retrieval.monitor import Monitor
+
+log = logging.getLogger("embedlab")
+
+_ROOMS = ("data", "encoders", "losses", "methods", "tasks")
+_WRONG_KEY = re.compile(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: -*([\w.]+)|[Kk]ey '?([\w.]+)'? is not")
+
+
+class RunFolderError(ValueError):
+    """The run folder holds another run, or none where one should be resumed."""
+
+
+class _Parser(LightningArgumentParser):
+    """Errors in two lines: what is wrong, and the nearest right key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]  # noqa: ARG002
+        sys.stderr.write(f"embedlab fit: error: {_innermost(message)}\n{self._way_out(message)}\n")
+        raise SystemExit(2)
+
+    def _way_out(self, message: str) -> str:
+        match = _WRONG_KEY.search(message)
+        if match:
+            wrong = next(group for group in match.groups() if group)
+            near = difflib.get_close_matches(wrong.split(".")[-1], self._known_names(message), n=1, cutoff=0.6)
+            near = near or difflib.get_close_matches(wrong.split(".")[0], self._known_names(message), n=1)
+            if near:
+                return f"Did you mean '{near[0]}'? --print_config shows every key with its value."
+        return "--print_config shows every key with its value; 'embedlab fit --help' lists the options."
+
+    def _known_names(self, message: str) -> list[str]:
+        """Last words of all options, and the constructor arguments of our classes and of those in the message."""
+        names = {word for action in self._actions for word in action.dest.split(".")}
+        classes = [kind for room in _ROOMS for kind in _classes_of(f"embedlab.{room}")]
+        for path in re.findall(r"class_path '([\w.]+)'", message):
+            module, _, name = path.rpartition(".")
+            try:
+                classes.append(getattr(importlib.import_module(module), name))
+            except (ImportError, AttributeError, ValueError):
+                continue
+        for kind in classes:
+            names |= set(inspect.signature(kind).parameters)
+        return sorted(names - {"self", "help"})
+
+
+def _classes_of(module: str) -> list[type]:
+    loaded = importlib.import_module(module)
+    members = list(vars(loaded).values())
+    if module == "embedlab.data":
+        from embedlab.data import ImageData, Views
+
+        members = [ImageData, Views]
+    return [member for member in members if inspect.isclass(member)]
+
+
+def _innermost(message: str) -> str:
+    """jsonargparse nests causes and repeats the whole configuration; keep the line that says what to change."""
+    lines = [line.strip(" -") for line in message.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("Given value", "Subtypes", "Errors", "Expected a <class 'NoneType'"))]
+    told = [line for line in lines if "is not accepted" in line or "Expected a" in line]
+    inner = (told or lines or [message])[0]
+    place = next((line.removesuffix(":") for line in lines if line.startswith("Parser key")), "")
+    return inner if not place or place in inner else f"{place}: {inner}"
+
+
+class _FitCLI(LightningCLI):
+    """Method and data by class path; the run folder is fixed by the caller."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = _Parser(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="A recipe; several merge left to right.")
+        return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Run `embedlab fit` with its arguments; returns the exit code."""
+    front = argparse.ArgumentParser(prog="embedlab fit", add_help=False, allow_abbrev=False)
+    front.add_argument("--run", type=Path)
+    front.add_argument("--resume", action="store_true")
+    front.add_argument("--json", action="store_true")
+    front.add_argument("-c", "--config", action="append", default=[])
+    options, rest = front.parse_known_args(arguments)
+    if any(flag in rest for flag in ("--print_config", "--help", "-h")) or any(
+        argument.startswith("--print_config=") for argument in rest
+    ):
+        _build([*_config_arguments(options.config), *rest], Path("runs/unused"))
+        return 0
+    run = options.run or _default_run(options.config)
+    checkpoint = _prepare(run, resume=options.resume)
+    if options.resume and not options.config:
+        options.config = [str(run / "config.yaml")]
+    started = time.perf_counter()
+    cli = _build([*_config_arguments(options.config), *rest], run)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+    if cli.trainer.is_global_zero:
+        _report(cli, run, time.perf_counter() - started, as_json=options.json)
+    return 0
+
+
+def _config_arguments(configs: list[str]) -> list[str]:
+    return [argument for config in configs for argument in ("--config", config)]
+
+
+def _default_run(configs: list[str]) -> Path:
+    if not configs:
+        raise RunFolderError("embedlab fit needs a recipe: -c recipes/NAME.yaml (or --run FOLDER --resume to go on).")
+    return Path("runs") / Path(configs[-1]).stem
+
+
+def _prepare(run: Path, *, resume: bool) -> Path | None:
+    """Refuse to overwrite a run; find the checkpoint to resume from."""
+    if "LOCAL_RANK" in os.environ:  # a further process of the same run: the first one has looked already
+        return _newest_checkpoint(run) if resume else None
+    used = run.is_dir() and any(run.iterdir())
+    if resume:
+        checkpoint = _newest_checkpoint(run)
+        if checkpoint is None:
+            raise RunFolderError(f"Nothing to resume: {run}/checkpoints holds no checkpoint. Start it without --resume.")
+        return checkpoint
+    if used:
+        raise RunFolderError(
+            f"{run} already holds a run. Go on with it by --resume, choose another folder by --run, or delete it."
+        )
+    return None
+
+
+def _newest_checkpoint(run: Path) -> Path | None:
+    checkpoints = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    return checkpoints[-1] if checkpoints else None
+
+
+def _build(arguments: list[str], run: Path) -> _FitCLI:
+    run_folder = str(run)
+    return _FitCLI(
+        Method,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=SaveConfigCallback,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            "default_root_dir": run_folder,
+            "use_distributed_sampler": False,  # our samplers share the data among ranks themselves
+            "logger": {
+                "class_path": "pytorch_lightning.loggers.CSVLogger",
+                "init_args": {"save_dir": run_folder, "name": "", "version": ""},
+            },
+            "num_sanity_val_steps": 0,
+            "callbacks": [
+                ModelCheckpoint(f"{run_folder}/checkpoints", filename="last", enable_version_counter=False),
+                SaveEncoder(f"{run_folder}/encoder"),
+                Monitor(),
+            ],
+        },
+        args=arguments,
+        run=False,
+    )
+
+
+def _report(cli: _FitCLI, run: Path, seconds: float, *, as_json: bool) -> None:
+    figures = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    result = {
+        "run": str(run),
+        "encoder": str(run / "encoder"),
+        "config": str(run / "config.yaml"),
+        "checkpoint": str(run / "checkpoints" / "last.ckpt"),
+        "steps": cli.trainer.global_step,
+        "seconds": round(seconds, 1),
+        "metrics": figures,
+    }
+    if as_json:
+        print(json.dumps(result))
+        return
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in sorted(figures.items()))
+    print(f"{cli.trainer.global_step} steps in {seconds:.0f} s  {shown}")
+    print(f"encoder     {result['encoder']}\ncheckpoint  {result['checkpoint']}\nconfig      {result['config']}")

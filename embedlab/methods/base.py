@@ -1,0 +1,110 @@
+"""What every method shares: backbone and head, optimizer and schedule, the guard against a broken loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from embedlab._types import Batch
+from embedlab.encoders import connect
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; training stopped before the weights were touched."""
+
+
+class Method(pl.LightningModule):
+    """Base of all methods; a method adds its loss and `training_step`.
+
+    With `--trainer.precision bf16-mixed` the network also runs in channels-last layout; the two together make up the
+    speed on recent processors and on GPUs alike.
+
+    Args:
+        backbone: Normalised images (B, C, H, W) to features (B, F).
+        head: Features to what the loss sees (B, D); built for the backbone's feature size.
+        optimizer: Parameter groups to optimizer; a recipe chooses class and values. Biases and normalisation are in a
+            group without weight decay.
+        warmup: Share of all steps over which the learning rate rises linearly; a cosine to zero follows.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module | None = None,
+        *,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not 0 <= warmup <= 1:
+            raise ValueError(f"warmup is a share of all steps in [0, 1], got {warmup}.")
+        self.backbone = backbone
+        self.head = head
+        self.dim = connect(backbone, head)
+        self.optimizer = optimizer
+        self.warmup = warmup
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W) to embeddings (B, D), not yet of unit length."""
+        features: Tensor = self.backbone(images)
+        return features if self.head is None else self.head(features)
+
+    @property
+    def embedding_head(self) -> nn.Module | None:
+        """The head that belongs to the encoder which `fit` leaves behind; None where it is thrown away."""
+        return self.head
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Channels-last goes with bf16: alone, either is worth little."""
+        if "bf16" in str(self.trainer.precision):
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:  # noqa: ARG002
+        """Embed the plain images; the monitor makes figures of them."""
+        return {"embeddings": self(batch.views[0]).float(), "labels": batch.labels, "index": batch.index}
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Stop on NaN or infinity before it reaches the weights."""
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"The loss is {float(loss)} at step {self.global_step} (epoch {self.current_epoch}); the weights are "
+                "those of the step before. Usual causes: a learning rate too high, a temperature too low, or broken "
+                "images. The last checkpoint is in the run folder; lower the learning rate and go on with --resume."
+            )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer gets: one group with weight decay and one, of biases and normalisation, without."""
+        return decay_groups(self.parameters())
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over all parameters, linear warm-up and cosine decay per step."""
+        groups = self.parameter_groups()
+        optimizer = self.optimizer(groups)  # type: ignore[arg-type]
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        rise = self.warmup * steps
+        rates = [
+            lambda step, rate=group.get("rate", 1.0): rate * _warmup_cosine(step, rise, steps)
+            for group in groups
+        ]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], rate: float = 1.0) -> list[dict[str, Any]]:
+    """Parameter groups with and without weight decay; `rate` is their share of the learning rate."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    decayed = {"params": [parameter for parameter in trained if parameter.ndim > 1], "rate": rate}
+    plain = {"params": [parameter for parameter in trained if parameter.ndim <= 1], "rate": rate, "weight_decay": 0.0}
+    return [group for group in (decayed, plain) if group["params"]]
+
+
+def _warmup_cosine(step: int, rise: float, steps: int) -> float:
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, steps - rise))))

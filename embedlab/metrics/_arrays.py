@@ -1,0 +1,80 @@
+"""What comes in: NumPy or torch, numbers or strings; what the metrics work on: checked NumPy arrays."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
+
+
+def as_array(values: Any) -> Array:
+    """View array-likes as NumPy; a torch tensor is recognised by its methods, so that torch is never imported."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        # NumPy has no bfloat16; every bfloat16 is a float32
+        values = (values.float() if str(values.dtype) == "torch.bfloat16" else values).numpy()
+    return np.asarray(values)
+
+
+def as_scores(values: Any, name: str) -> Floats:
+    """Check (N,) numbers without NaN and return them as float64; infinities are allowed, they order well."""
+    scores = as_array(values)
+    if scores.ndim != 1 or scores.dtype.kind not in "fiub":
+        raise ValueError(f"{name} must be (N,) numbers, got shape {scores.shape} of {scores.dtype}.")
+    scores = scores.astype(np.float64)
+    missing = np.isnan(scores)
+    if missing.any():
+        raise ValueError(
+            f"{name}[{int(missing.argmax())}] is NaN ({int(missing.sum())} of {len(scores)} are): a failed search or a "
+            "division by zero upstream? Leave such rows out before scoring."
+        )
+    return scores
+
+
+def as_flags(values: Any, name: str, rows: int) -> Booleans:
+    """Check (N,) yes/no values, given as booleans or as 0 and 1."""
+    flags = as_array(values)
+    if flags.shape != (rows,):
+        raise ValueError(f"{name} must have one entry per score: expected shape ({rows},), got {flags.shape}.")
+    if flags.dtype.kind not in "biuf" or (flags.dtype.kind != "b" and not np.isin(flags, (0, 1)).all()):
+        raise ValueError(f"{name} must be booleans or 0 and 1, got {flags.dtype} with values such as {flags[:3]}.")
+    return flags.astype(np.bool_)
+
+
+def as_labels(values: Any, name: str, rows: int | None = None) -> Array:
+    """Check (N,) labels: all integers, all booleans or all strings."""
+    if isinstance(values, Sequence) and not isinstance(values, str) and len({isinstance(v, str) for v in values}) > 1:
+        # NumPy would turn [1, "a"] into ["1", "a"] without a word
+        raise ValueError(f"{name} mixes strings with other types; labels must be all strings or all integers.")
+    labels = as_array(values)
+    if labels.dtype.kind == "O" and all(isinstance(label, str) for label in labels.ravel()):
+        labels = labels.astype(np.str_)
+    if labels.ndim != 1 or labels.dtype.kind not in "iubU":
+        raise ValueError(
+            f"{name} must be (N,) integers or strings, got shape {labels.shape} of {labels.dtype}: "
+            "None, floats and one-hot rows are not labels."
+        )
+    if rows is not None and len(labels) != rows:
+        raise ValueError(f"{name} has {len(labels)} entries for {rows} rows; they must be row by row.")
+    return labels
+
+
+def encode_together(first: Array, second: Array, names: str) -> tuple[Integers, Integers, Array]:
+    """Number two label arrays by one list of classes.
+
+    Returns:
+        The codes of both and the sorted classes that the codes stand for.
+    """
+    if (first.dtype.kind == "U") != (second.dtype.kind == "U"):
+        raise ValueError(
+            f"{names} cannot be compared: one side holds strings ({first.dtype}), the other numbers "
+            f"({second.dtype}), so nothing would ever match. Convert one side."
+        )
+    classes, codes = np.unique(np.concatenate([first, second]), return_inverse=True)
+    codes = codes.astype(np.int64)
+    return codes[: len(first)], codes[len(first) :], classes

@@ -1,0 +1,289 @@
+"""The one engine behind every retrieval metric: where do the matches of a query stand in its ranking?
+
+Rankings are by cosine in float64, rounded to 12 decimals; ties go to the lower index. A float32 pass by FAISS finds
+the candidates. Wherever it cannot tell two of them apart, float64 decides, and where it cannot tell what it left
+out from what it took, the whole row is ranked in float64. Memory is bounded by `BUDGET`, not by the number of pairs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from embedlab.metrics._arrays import Array, Booleans, Floats, Integers, as_array, as_labels, encode_together
+
+BUDGET = 32 << 20  # bytes that one block of scores or gathered rows may take
+DECIMALS = 12  # far above float64 rounding of a cosine, far below any difference that carries meaning
+CHUNK = 8192  # queries at a time, at most
+SLACK = 16  # candidates beyond those asked for, so that a tie at the cut rarely needs the whole row
+SHALLOW = 1024  # deeper rankings sort whole rows: faster from about here on
+
+
+class Rows:
+    """Vectors (N, D) of any norm and numeric type, read as unit vectors block by block without a second copy."""
+
+    def __init__(self, values: Any, name: str) -> None:
+        self.values = as_array(values)
+        if self.values.ndim != 2 or self.values.dtype.kind not in "fiub" or 0 in self.values.shape:
+            raise ValueError(
+                f"{name} must be (N, D) numbers with at least one row and column, got shape {self.values.shape} of "
+                f"{self.values.dtype}; flatten images to (N, -1) first."
+            )
+        self.scale = np.empty(len(self.values))  # (N,) float64: 1 / norm
+        step = max(1, BUDGET // (8 * self.dim))
+        for start in range(0, len(self), step):
+            block = self.values[start : start + step].astype(np.float64)
+            with np.errstate(over="ignore"):
+                norms = np.sqrt(np.einsum("nd,nd->n", block, block))
+            bad = ~np.isfinite(norms) | (norms == 0)
+            if bad.any():
+                row = int(bad.argmax())
+                kind = "zero" if norms[row] == 0 else "NaN or infinite"
+                raise ValueError(
+                    f"{name} row {start + row} is {kind}, so it has no direction: diverged training or an empty image? "
+                    "Leave such rows out before evaluating."
+                )
+            self.scale[start : start + step] = 1 / norms
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def dim(self) -> int:
+        return int(self.values.shape[1])
+
+    def unit(self, rows: Integers | slice) -> Floats:
+        """Rows as float64 of norm 1, (n, D)."""
+        unit: Floats = self.values[rows].astype(np.float64) * self.scale[rows, None]
+        return unit
+
+
+class Search:
+    """Exact nearest neighbours of unit vectors in a reference."""
+
+    def __init__(self, reference: Rows) -> None:
+        self.reference = reference
+        self._index: Any = None
+        # 9 standard deviations of the difference of two float32 dot products of unit vectors, measured and with
+        # rounding errors taken as independent
+        self.tolerance = 4 * 2.0**-24 * max(reference.dim, 16) ** 0.5
+
+    def scores(self, query: Floats) -> Floats:
+        """Cosines of unit queries (n, D) with the whole reference, (n, N) float64, rounded so that ties are ties."""
+        scores = np.empty((len(query), len(self.reference)))
+        step = max(1, BUDGET // (8 * self.reference.dim))
+        for start in range(0, len(self.reference), step):
+            block = slice(start, start + step)
+            np.matmul(query, self.reference.unit(block).T, out=scores[:, block])
+        np.round(scores, DECIMALS, out=scores)
+        return scores
+
+    def nearest(self, query: Floats, count: int) -> tuple[Integers, Floats]:
+        """The `count` nearest reference rows of unit queries (n, D), nearest first.
+
+        Returns:
+            Row numbers (n, count) and cosines (n, count); a cosine that nothing depends on has float32 precision.
+        """
+        total = len(self.reference)
+        taken = min(total, count + SLACK)
+        found, ids = self._faiss().search(query.astype(np.float32), taken)
+        scores = found.astype(np.float64)
+        close = scores[:, :-1] - scores[:, 1:] <= self.tolerance
+        self._settle(query, ids, scores, close)
+        if taken < total:
+            unsure = np.flatnonzero(found[:, count - 1] - found[:, -1] <= self.tolerance)
+            step = max(1, BUDGET // (8 * total))
+            for start in range(0, len(unsure), step):
+                rows = unsure[start : start + step]
+                for row, full in zip(rows, self.scores(query[rows]), strict=True):
+                    ids[row, :count], scores[row, :count] = _first(full, count)
+        return ids[:, :count], scores[:, :count]
+
+    def _faiss(self) -> Any:
+        if self._index is None:
+            import faiss
+
+            self._index = faiss.IndexFlatIP(self.reference.dim)
+            step = max(1, BUDGET // (8 * self.reference.dim))
+            for start in range(0, len(self.reference), step):
+                self._index.add(self.reference.unit(slice(start, start + step)).astype(np.float32))
+        return self._index
+
+    def _settle(self, query: Floats, ids: Integers, scores: Floats, close: Booleans) -> None:
+        """Order in place, by float64 and then by index, each run of candidates that float32 cannot tell apart."""
+        edge = np.zeros((len(ids), 1), dtype=np.bool_)
+        row, column = np.nonzero(np.hstack([close, edge]) | np.hstack([edge, close]))
+        if not len(row):
+            return
+        run = np.hstack([edge, ~close]).cumsum(axis=1)[row, column]
+        chosen = ids[row, column]
+        exact = np.empty(len(row))
+        step = max(1, BUDGET // (16 * self.reference.dim))
+        for start in range(0, len(row), step):
+            block = slice(start, start + step)
+            exact[block] = np.einsum("nd,nd->n", query[row[block]], self.reference.unit(chosen[block]))
+        exact = exact.round(DECIMALS)
+        order = np.lexsort((chosen, -exact, run, row))
+        ids[row, column], scores[row, column] = chosen[order], exact[order]
+
+
+def _first(scores: Floats, count: int) -> tuple[Integers, Floats]:
+    """The `count` largest of one row of scores (N,), ties to the lower index."""
+    cut = np.partition(scores, len(scores) - count)[len(scores) - count]
+    kept = np.flatnonzero(scores >= cut)
+    order = kept[np.argsort(-scores[kept], kind="stable")[:count]]
+    return order, scores[order]
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """Where the matches of n queries stand in their rankings.
+
+    Args:
+        queries: (n,) number of each query.
+        row: (M,) which of the n queries a match belongs to, ascending.
+        rank: (M,) place of the match, 1 is nearest, ascending within a query; places beyond the depth that was asked
+            for are left out.
+        total: (n,) matches of each query in the reference, found or not: the R of R-precision.
+    """
+
+    queries: Integers
+    row: Integers
+    rank: Integers
+    total: Integers
+
+    def sum(self, weights: Array) -> Floats:
+        """Add up one weight per match, (M,), for each query: (n,)."""
+        sums: Floats = np.bincount(self.row, weights=weights.astype(np.float64), minlength=len(self.total))
+        return sums
+
+    @property
+    def order(self) -> Integers:
+        """(M,) 1 for the first match of a query, 2 for its second, ..."""
+        first = np.searchsorted(self.row, np.arange(len(self.total)))
+        return np.arange(1, len(self.row) + 1) - first[self.row]
+
+
+class Problem:
+    """Queries, the reference they are ranked against, and who may not be a candidate of whom."""
+
+    def __init__(
+        self, query: Any, query_labels: Any, *, reference: Any = None, reference_labels: Any = None, groups: Any = None
+    ) -> None:
+        self.leave_one_out = reference is None
+        if self.leave_one_out != (reference_labels is None):
+            raise ValueError(
+                "reference and reference_labels go together: both for a query set against a gallery, "
+                f"neither for leave-one-out; got only {'reference_labels' if self.leave_one_out else 'reference'}."
+            )
+        self.query = Rows(query, "query")
+        self.reference = self.query if self.leave_one_out else Rows(reference, "reference")
+        if self.query.dim != self.reference.dim:
+            raise ValueError(
+                f"query has {self.query.dim} numbers per row, reference has {self.reference.dim}: "
+                "embedded by two different encoders?"
+            )
+        labels = as_labels(query_labels, "query_labels", len(self.query))
+        others = labels if self.leave_one_out else as_labels(reference_labels, "reference_labels", len(self.reference))
+        self.query_codes, self.reference_codes, self.classes = encode_together(
+            labels, others, "query and reference labels"
+        )
+        self.query_groups, self.reference_groups = self._groups(groups)
+        self.total, self.candidates = self._counts()
+        self.search = Search(self.reference)
+
+    def _groups(self, groups: Any) -> tuple[Integers | None, Integers | None]:
+        if groups is None:
+            return None, None
+        if self.leave_one_out:
+            codes = np.unique(as_labels(groups, "groups", len(self.query)), return_inverse=True)[1].astype(np.int64)
+            return codes, codes
+        if not isinstance(groups, (tuple, list)) or len(groups) != 2:
+            raise ValueError(
+                "groups must be a pair (query groups, reference groups) when a reference is given, "
+                f"got {type(groups).__name__}; one array is enough only for leave-one-out."
+            )
+        first = as_labels(groups[0], "groups[0]", len(self.query))
+        second = as_labels(groups[1], "groups[1]", len(self.reference))
+        return encode_together(first, second, "query and reference groups")[:2]
+
+    def _counts(self) -> tuple[Integers, Integers]:
+        """Matches and candidates of each query, both (Q,), after exclusion."""
+        total = np.bincount(self.reference_codes, minlength=len(self.classes))[self.query_codes]
+        candidates = np.full(len(self.query), len(self.reference))
+        if self.query_groups is None or self.reference_groups is None:
+            return total - self.leave_one_out, candidates - self.leave_one_out
+        # in leave-one-out every query shares its own group, so that it is excluded once
+        width = int(max(self.query_groups.max(), self.reference_groups.max())) + 1
+        excluded = np.bincount(self.reference_groups, minlength=width)[self.query_groups]
+        pairs, codes = np.unique(
+            np.concatenate([self.reference_codes, self.query_codes]) * width
+            + np.concatenate([self.reference_groups, self.query_groups]),
+            return_inverse=True,
+        )
+        own = np.bincount(codes[: len(self.reference)], minlength=len(pairs))[codes[len(self.reference) :]]
+        return total - own, candidates - excluded
+
+    def matches(self, depth: Integers) -> Iterator[Matches]:
+        """Find the matches of all queries, some queries at a time.
+
+        Args:
+            depth: (Q,) how many places of each query's ranking are wanted.
+        """
+        depth = np.minimum(depth, self.candidates)
+        want = depth + len(self.reference) - self.candidates  # those excluded may stand anywhere before
+        order = np.argsort(want, kind="stable")  # queries of like depth together: a deep one costs only itself
+        with tqdm(total=len(order), desc="ranking", unit="query", delay=3, leave=False, disable=None) as bar:
+            start = 0
+            while start < len(order):
+                ahead = order[start : start + CHUNK]
+                if want[ahead[0]] > SHALLOW:
+                    rows = ahead[: max(1, BUDGET // (8 * len(self.reference)))]
+                    yield self._deep(rows, depth)
+                else:
+                    size = np.arange(1, len(ahead) + 1) * np.maximum(want[ahead] + SLACK, self.query.dim)
+                    fits = (want[ahead] <= SHALLOW) & (size <= BUDGET // 16)
+                    rows = ahead[: max(1, int(fits.sum()))]
+                    yield self._shallow(rows, depth, max(1, int(want[rows[-1]])))
+                start += len(rows)
+                bar.update(len(rows))
+
+    def _excluded(self, rows: Integers, ids: Integers) -> Booleans:
+        """Which candidates (n, k) of which queries (n,) do not count."""
+        if self.query_groups is not None and self.reference_groups is not None:
+            return np.equal(self.reference_groups[ids], self.query_groups[rows, None])
+        if self.leave_one_out:
+            return np.equal(ids, rows[:, None])
+        return np.zeros((len(rows), ids.shape[1]), dtype=np.bool_)
+
+    def _shallow(self, rows: Integers, depth: Integers, count: int) -> Matches:
+        ids, _ = self.search.nearest(self.query.unit(rows), count)
+        allowed = ~self._excluded(rows, ids)
+        rank = allowed.cumsum(axis=1, dtype=np.int32)
+        hit = (self.reference_codes[ids] == self.query_codes[rows, None]) & allowed & (rank <= depth[rows, None])
+        row, column = np.nonzero(hit)
+        return Matches(rows, row, rank[row, column].astype(np.int64), self.total[rows])
+
+    def _deep(self, rows: Integers, depth: Integers) -> Matches:
+        everyone = np.arange(len(self.reference))[None]
+        excluded = self._excluded(rows, everyone)
+        scores = self.search.scores(self.query.unit(rows))
+        np.copyto(scores, -np.inf, where=excluded)
+        hit = (self.reference_codes == self.query_codes[rows, None]) & ~excluded
+        ranks = [_ranks(full, np.flatnonzero(wanted)) for full, wanted in zip(scores, hit, strict=True)]
+        ranks = [rank[rank <= limit] for rank, limit in zip(ranks, depth[rows], strict=True)]
+        row = np.repeat(np.arange(len(rows)), [len(rank) for rank in ranks])
+        return Matches(rows, row, np.concatenate(ranks), self.total[rows])
+
+
+def _ranks(scores: Floats, places: Integers) -> Integers:
+    """Ascending ranks of some `places` within one row of scores (N,), 1 for the largest, ties to the lower index."""
+    ascending = np.sort(scores)
+    above = len(scores) - np.searchsorted(ascending, scores[places], side="right")
+    if (len(scores) - np.searchsorted(ascending, scores[places], side="left") > above + 1).any():
+        position = np.empty(len(scores), dtype=np.int64)
+        position[np.argsort(-scores, kind="stable")] = np.arange(len(scores))
+        above = position[places]
+    return np.sort(above) + 1

@@ -1,0 +1,97 @@
+"""How sure is a figure? Intervals over identities, because ten pictures of one person are not ten people."""
+
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from embedlab.metrics._arrays import as_array, as_labels
+
+_BLOCK = 4 << 20  # numbers drawn at a time
+
+
+def bootstrap_interval(
+    values: Any, identities: Any, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of a mean, by resampling identities (Efron 1979; clusters: Field and Welsh 2007).
+
+    Whole identities are drawn with replacement, each with all of its samples, and the mean over all drawn samples is
+    taken. With few identities, or values that are all alike, such an interval is too narrow; for a share
+    near 0 or 1 `wilson_interval` over identities is the safer one.
+
+    Args:
+        values: (N,) one value per sample, such as `RetrievalReport.per_query`; NaN (a skipped query) is left out.
+        identities: (N,) whose sample it is.
+        confidence: Probability in the middle, in (0, 1).
+        resamples: How many means are taken.
+        seed: Of the draws; the same seed gives the same interval.
+
+    Returns:
+        (low, high).
+
+    Raises:
+        ValueError: Lengths that do not fit, fewer than two identities with a value, confidence outside (0, 1).
+
+    Example:
+        >>> low, high = bootstrap_interval([1, 1, 0, 0, 1, 1], ["ann", "ann", "bob", "bob", "eve", "eve"])
+        >>> low, high
+        (0.0, 1.0)
+    """
+    tail = (1 - _checked_confidence(confidence)) / 2
+    if resamples < 1:
+        raise ValueError(f"bootstrap_interval needs resamples of at least 1, got {resamples}; 2000 is usual.")
+    samples = as_array(values).astype(np.float64)
+    if samples.ndim != 1:
+        raise ValueError(f"values must be (N,) numbers, got shape {samples.shape}.")
+    owners = as_labels(identities, "identities", len(samples))[~np.isnan(samples)]
+    samples = samples[~np.isnan(samples)]
+    codes = np.unique(owners, return_inverse=True)[1]
+    count = int(codes.max()) + 1 if len(codes) else 0
+    if count < 2:
+        raise ValueError(
+            f"bootstrap_interval draws identities and needs at least 2 that have a value, got {count}: "
+            "are identities the labels of the samples?"
+        )
+    sums, sizes = np.bincount(codes, weights=samples), np.bincount(codes)
+    generator = np.random.default_rng(seed)
+    means = []
+    for start in range(0, resamples, max(1, _BLOCK // count)):
+        rows = min(max(1, _BLOCK // count), resamples - start)
+        drawn = generator.multinomial(count, np.full(count, 1 / count), size=rows)  # (rows, identities): how often
+        means.append((drawn @ sums) / (drawn @ sizes))
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def wilson_interval(successes: float, trials: float, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Score interval of a share, Wilson 1927 (https://doi.org/10.1080/01621459.1927.10502953).
+
+    Args:
+        successes: How many of the trials; may be fractional where trials are an effective number.
+        trials: Independent trials: identities, not their pictures.
+        confidence: Probability in the middle, in (0, 1).
+
+    Returns:
+        (low, high), inside [0, 1].
+
+    Raises:
+        ValueError: No trials, successes outside [0, trials], confidence outside (0, 1).
+
+    Example:
+        >>> low, high = wilson_interval(0, 20)
+        >>> round(low, 3), round(high, 3)
+        (0.0, 0.161)
+    """
+    if not (trials > 0 and 0 <= successes <= trials):
+        raise ValueError(f"wilson_interval needs 0 <= successes <= trials and trials > 0, got {successes} of {trials}.")
+    z = NormalDist().inv_cdf((1 + _checked_confidence(confidence)) / 2)
+    share, shrink = successes / trials, 1 + z * z / trials
+    middle = (share + z * z / (2 * trials)) / shrink
+    half = z * (share * (1 - share) / trials + z * z / (4 * trials**2)) ** 0.5 / shrink
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _checked_confidence(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}; 0.95 is usual.")
+    return confidence

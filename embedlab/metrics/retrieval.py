@@ -1,0 +1,368 @@
+"""Retrieval: does the nearest-neighbour ranking of a query bring up its class-mates?
+
+All functions rank by cosine (vectors may have any norm) and share one signature:
+`f(query, query_labels, reference=None, reference_labels=None, *, empty="skip", groups=None)`, some with `k`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from embedlab.metrics._arrays import Floats, Integers
+from embedlab.metrics._ranking import BUDGET, Matches, Problem
+
+Empty = Literal["skip", "zero", "error"]
+
+
+@dataclass(frozen=True, eq=False)
+class RetrievalReport:
+    """Several retrieval metrics from one pass over the neighbours.
+
+    Args:
+        values: Means over queries: recall_at_K for each K, r_precision, map_at_r.
+        per_query: The same names to (Q,) arrays in query order, NaN for a query that was skipped: what
+            `bootstrap_interval` wants.
+        matches: (Q,) class-mates each query has in the reference, after exclusions.
+        without_match: Queries that have none; `empty` says what became of them.
+        empty: The policy that was used: "skip" or "zero".
+    """
+
+    values: dict[str, float]
+    per_query: dict[str, Floats]
+    matches: Integers
+    without_match: int
+    empty: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into a JSON document: the means and what they are over."""
+        return {**self.values, "queries": len(self.matches), "without_match": self.without_match, "empty": self.empty}
+
+
+def retrieval_report(
+    query: Any,
+    query_labels: Any,
+    reference: Any = None,
+    reference_labels: Any = None,
+    *,
+    k: Sequence[int] = (1, 5, 10),
+    empty: Empty = "skip",
+    groups: Any = None,
+) -> RetrievalReport:
+    """Compute recall at each k, R-precision and MAP@R in one pass over the neighbours.
+
+    Args:
+        query: (Q, D) vectors, NumPy or torch.
+        query_labels: (Q,) integers or strings.
+        reference: (N, D) vectors to search, or None for leave-one-out within the queries.
+        reference_labels: (N,) labels of the reference.
+        k: Depths of recall@k.
+        empty: See `recall_at_k`.
+        groups: See `recall_at_k`.
+
+    Raises:
+        ValueError: See `recall_at_k`.
+
+    Example:
+        >>> report = retrieval_report([[1, 0], [9, 1], [0, 1], [1, 9]], ["a", "a", "b", "b"], k=[1])
+        >>> report.values
+        {'recall_at_1': 1.0, 'r_precision': 1.0, 'map_at_r': 1.0}
+    """
+    depths = [_checked_depth(depth, "retrieval_report") for depth in k]
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    measures: dict[str, Callable[[Matches], Floats]] = {
+        f"recall_at_{depth}": partial(_recall, k=depth) for depth in depths
+    }
+    measures |= {"r_precision": _r_precision, "map_at_r": _map_at_r}
+    per_query = _measure(problem, measures, np.maximum(problem.total, max(depths, default=1)), empty)
+    return RetrievalReport(
+        values={name: _mean(values) for name, values in per_query.items()},
+        per_query=per_query,
+        matches=problem.total,
+        without_match=int((problem.total == 0).sum()),
+        empty=empty,
+    )
+
+
+def recall_at_k(
+    query: Any,
+    query_labels: Any,
+    reference: Any = None,
+    reference_labels: Any = None,
+    *,
+    k: int = 1,
+    empty: Empty = "skip",
+    groups: Any = None,
+) -> float:
+    """Share of queries with at least one match among their k nearest: "recall@k" of the metric-learning papers.
+
+    Elsewhere this is called hit rate or CMC at rank k; it is not the share of matches that are found.
+
+    Args:
+        query: (Q, D) vectors of any norm, NumPy or torch; ranked by cosine, ties go to the lower index.
+        query_labels: (Q,) integers or strings.
+        reference: (N, D) vectors to search, or None for leave-one-out within the queries.
+        reference_labels: (N,) labels of the reference.
+        k: How many neighbours are looked at.
+        empty: What becomes of a query that has no match in the reference: "skip" leaves it out of the mean, "zero"
+            counts it as a failure, "error" refuses.
+        groups: A candidate of the query's own group is left out (frames of one track, shots of one shelf): (Q,) for
+            leave-one-out, a pair ((Q,), (N,)) with a reference. For the rule of person re-identification, which
+            leaves out the same person under the same camera only, give groups such as "person/camera".
+
+    Raises:
+        ValueError: Shapes or labels that do not fit, a NaN or zero vector, no query with a match under "skip".
+
+    Example:
+        >>> recall_at_k([[1.0, 0.0], [0.0, 1.0]], ["a", "b"], [[0.9, 0.1], [0.8, 0.2]], ["b", "b"], k=1, empty="zero")
+        0.5
+    """
+    k = _checked_depth(k, "recall_at_k")
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    return _single(problem, partial(_recall, k=k), np.full(len(problem.query), k), empty)
+
+
+def precision_at_k(
+    query: Any,
+    query_labels: Any,
+    reference: Any = None,
+    reference_labels: Any = None,
+    *,
+    k: int = 1,
+    empty: Empty = "skip",
+    groups: Any = None,
+) -> float:
+    """Mean share of matches among the k nearest; at k = 1 the same as recall@1.
+
+    Args:
+        query: See `recall_at_k`, as for the other arguments.
+        query_labels: (Q,) labels.
+        reference: (N, D) vectors, or None for leave-one-out.
+        reference_labels: (N,) labels of the reference.
+        k: How many neighbours are looked at; must not exceed the candidates of any query.
+        empty: What becomes of a query without a match.
+        groups: Candidates of the query's own group are left out.
+
+    Raises:
+        ValueError: As `recall_at_k`, and for k above the number of candidates.
+    """
+    k = _checked_depth(k, "precision_at_k")
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    fewest = int(problem.candidates.argmin())
+    if k > problem.candidates[fewest]:
+        raise ValueError(
+            f"precision_at_k with k={k}, but query {fewest} has only {problem.candidates[fewest]} candidates; "
+            f"places that do not exist would count as misses. Use k <= {problem.candidates[fewest]} or recall_at_k."
+        )
+    return _single(problem, partial(_precision, k=k), np.full(len(problem.query), k), empty)
+
+
+def r_precision(
+    query: Any,
+    query_labels: Any,
+    reference: Any = None,
+    reference_labels: Any = None,
+    *,
+    k: int | None = None,
+    empty: Empty = "skip",
+    groups: Any = None,
+) -> float:
+    """Mean share of matches among the R nearest, R being the number of matches that the query has.
+
+    Args:
+        query: See `recall_at_k`, as for the other arguments.
+        query_labels: (Q,) labels.
+        reference: (N, D) vectors, or None for leave-one-out.
+        reference_labels: (N,) labels of the reference.
+        k: Depth of the search; None is as deep as needed, and less than the largest R is refused.
+        empty: What becomes of a query without a match.
+        groups: Candidates of the query's own group are left out.
+
+    Raises:
+        ValueError: As `recall_at_k`, and for k below the largest R.
+    """
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    _refuse_shallow(problem, k, "r_precision")
+    return _single(problem, _r_precision, problem.total, empty)
+
+
+def map_at_r(
+    query: Any,
+    query_labels: Any,
+    reference: Any = None,
+    reference_labels: Any = None,
+    *,
+    k: int | None = None,
+    empty: Empty = "skip",
+    groups: Any = None,
+) -> float:
+    """MAP@R, Musgrave et al. 2020, eq. 3 and 4 (https://arxiv.org/abs/2003.08505).
+
+    Per query (1/R) times the sum of precision@i over the places i <= R that hold a match: R-precision that also
+    rewards the order.
+
+    Args:
+        query: See `recall_at_k`, as for the other arguments.
+        query_labels: (Q,) labels.
+        reference: (N, D) vectors, or None for leave-one-out.
+        reference_labels: (N,) labels of the reference.
+        k: Depth of the search; None is as deep as needed, and less than the largest R is refused.
+        empty: What becomes of a query without a match.
+        groups: Candidates of the query's own group are left out.
+
+    Raises:
+        ValueError: As `recall_at_k`, and for k below the largest R.
+    """
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    _refuse_shallow(problem, k, "map_at_r")
+    return _single(problem, _map_at_r, problem.total, empty)
+
+
+def mean_average_precision(
+    query: Any,
+    query_labels: Any,
+    reference: Any = None,
+    reference_labels: Any = None,
+    *,
+    k: int | None = None,
+    empty: Empty = "skip",
+    groups: Any = None,
+) -> float:
+    """Mean over queries of average precision: of the precision at the place of each match.
+
+    Args:
+        query: See `recall_at_k`, as for the other arguments.
+        query_labels: (Q,) labels.
+        reference: (N, D) vectors, or None for leave-one-out.
+        reference_labels: (N,) labels of the reference.
+        k: None ranks the whole reference. A number gives mAP@k as of Google Landmarks (Weyand et al. 2020,
+            https://arxiv.org/abs/2004.01804): places beyond k count nothing, divided by min(R, k).
+        empty: What becomes of a query without a match.
+        groups: Candidates of the query's own group are left out.
+
+    Raises:
+        ValueError: As `recall_at_k`.
+    """
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    depth = len(problem.reference) if k is None else _checked_depth(k, "mean_average_precision")
+    return _single(problem, partial(_average_precision, k=depth), np.full(len(problem.query), depth), empty)
+
+
+def knn_accuracy(
+    train: Any, train_labels: Any, test: Any, test_labels: Any, *, k: int = 200, temperature: float = 0.1
+) -> float:
+    """Accuracy of the weighted k-nearest-neighbour vote, Wu et al. 2018, section 3.4 (https://arxiv.org/abs/1805.01978).
+
+    Each of the k nearest training samples votes for its class with weight exp(cosine / temperature). A tie between
+    classes goes to the one that sorts first.
+
+    Args:
+        train: (N, D) vectors, NumPy or torch, of any norm.
+        train_labels: (N,) integers or strings.
+        test: (Q, D) vectors.
+        test_labels: (Q,) labels; a class that training has not seen counts as an error.
+        k: Voters per test sample; more than N means all N.
+        temperature: Divides the cosine; no unit, > 0. Wu et al. use 0.07.
+
+    Raises:
+        ValueError: Shapes or labels that do not fit, a NaN or zero vector, k or temperature not above 0.
+
+    Example:
+        >>> knn_accuracy([[1, 0], [0, 1]], ["a", "b"], [[2, 1], [1, 3]], ["a", "b"], k=1)
+        1.0
+    """
+    k = _checked_depth(k, "knn_accuracy")
+    if not temperature > 0:
+        raise ValueError(f"knn_accuracy needs temperature > 0, got {temperature}; usual values are 0.07 and 0.1.")
+    problem = Problem(test, test_labels, reference=train, reference_labels=train_labels)
+    k, classes = min(k, len(problem.reference)), len(problem.classes)
+    step = int(np.clip(BUDGET // (16 * max(k, classes, problem.query.dim)), 1, 8192))
+    right = 0
+    for start in range(0, len(problem.query), step):
+        rows = slice(start, start + step)
+        ids, scores = problem.search.nearest(problem.query.unit(rows), k)
+        # relative to the nearest: exp(1 / temperature) overflows for small temperatures
+        weights = np.exp((scores - scores[:, :1]) / temperature)
+        ballot = np.arange(len(ids))[:, None] * classes + problem.reference_codes[ids]
+        votes = np.bincount(ballot.ravel(), weights=weights.ravel(), minlength=len(ids) * classes)
+        right += int((votes.reshape(-1, classes).argmax(axis=1) == problem.query_codes[rows]).sum())
+    return right / len(problem.query)
+
+
+def _recall(found: Matches, k: int) -> Floats:
+    return np.minimum(found.sum(found.rank <= k), 1.0)
+
+
+def _precision(found: Matches, k: int) -> Floats:
+    return found.sum(found.rank <= k) / k
+
+
+def _r_precision(found: Matches) -> Floats:
+    return found.sum(found.rank <= found.total[found.row]) / np.maximum(found.total, 1)
+
+
+def _map_at_r(found: Matches) -> Floats:
+    counted = found.rank <= found.total[found.row]
+    return found.sum(counted * found.order / found.rank) / np.maximum(found.total, 1)
+
+
+def _average_precision(found: Matches, k: int) -> Floats:
+    counted = found.rank <= k
+    return found.sum(counted * found.order / found.rank) / np.clip(found.total, 1, k)
+
+
+def _measure(
+    problem: Problem, measures: dict[str, Callable[[Matches], Floats]], depth: Integers, empty: Empty
+) -> dict[str, Floats]:
+    """Evaluate per-query measures while streaming over the matches; (Q,) each, NaN for a skipped query."""
+    values = {name: np.empty(len(problem.query)) for name in measures}
+    for found in problem.matches(depth):
+        for name, measure in measures.items():
+            values[name][found.queries] = measure(found)
+    if empty == "skip":
+        for per_query in values.values():
+            per_query[problem.total == 0] = np.nan
+    return values
+
+
+def _single(problem: Problem, measure: Callable[[Matches], Floats], depth: Integers, empty: Empty) -> float:
+    return _mean(_measure(problem, {"value": measure}, depth, empty)["value"])
+
+
+def _mean(per_query: Floats) -> float:
+    return float(np.nanmean(per_query))
+
+
+def _problem(
+    query: Any, query_labels: Any, reference: Any, reference_labels: Any, groups: Any, empty: Empty
+) -> Problem:
+    if empty not in get_args(Empty):
+        raise ValueError(f"empty must be 'skip', 'zero' or 'error', got {empty!r}.")
+    problem = Problem(query, query_labels, reference=reference, reference_labels=reference_labels, groups=groups)
+    lonely = problem.total == 0
+    if (empty == "error" and lonely.any()) or (empty == "skip" and lonely.all()):
+        first = int(lonely.argmax())
+        raise ValueError(
+            f"{int(lonely.sum())} of {len(lonely)} queries have no match to find, the first is query {first} "
+            f"({problem.classes[problem.query_codes[first]]!s}): a class of one, labels of two different kinds, or "
+            "groups that exclude every class-mate? empty='zero' counts such queries as failures"
+            + ("." if lonely.all() else ", empty='skip' leaves them out.")
+        )
+    return problem
+
+
+def _checked_depth(k: int, name: str) -> int:
+    if int(k) != k or k < 1:
+        raise ValueError(f"{name} needs k to be a whole number of at least 1, got {k}.")
+    return int(k)
+
+
+def _refuse_shallow(problem: Problem, k: int | None, name: str) -> None:
+    deepest = int(problem.total.max())
+    if k is not None and _checked_depth(k, name) < deepest:
+        raise ValueError(
+            f"{name} with k={k} would be wrong: a query has R={deepest} matches, so its first {deepest} places are "
+            "needed. Leave k out."
+        )

@@ -1,0 +1,3 @@
+"""Downstream tasks: a backbone becomes a fine-tuned model."""
+
+from embedlab.tasks.classification import Classification as Classification

@@ -1,0 +1,156 @@
+"""Image classification on top of a backbone: fine-tuning, linear probe, or from scratch."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from embedlab._ops import gather
+from embedlab._types import Batch
+from embedlab.data import ImageData
+from embedlab.encoders import Encoder, LinearHead
+from embedlab.methods import Method
+from embedlab.methods.base import decay_groups
+from embedlab.metrics import classification_report
+
+
+class Classification(Method):
+    """A linear classifier on a backbone, trained together or alone.
+
+    The number of classes comes from the data. Validation (role calibrate) and test log accuracy, balanced accuracy and
+    macro F1 over the images of all ranks, each counted once.
+
+    Args:
+        backbone: Normalised images (B, C, H, W) to features (B, F); or give `encoder`.
+        encoder: Folder of a saved encoder whose backbone to start from; the data's mean and std must be its own.
+        loss: (logits (B, C), targets (B,)) to a scalar; None is cross entropy, `FocalLoss` suits rare classes.
+        freeze: Train the classifier only (linear probe); the backbone also keeps its batch statistics.
+        backbone_rate: The backbone's learning rate as a share of the classifier's.
+        optimizer: Parameter groups to optimizer.
+        warmup: Share of all steps over which the learning rate rises.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module | None = None,
+        *,
+        encoder: str | Path | None = None,
+        loss: nn.Module | None = None,
+        freeze: bool = False,
+        backbone_rate: float = 1.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup: float = 0.1,
+    ) -> None:
+        if (backbone is None) == (encoder is None):
+            raise ValueError("Classification takes either a backbone or a saved encoder to start from.")
+        start = None if encoder is None else Encoder.load(encoder)
+        super().__init__(start.backbone if start else backbone, optimizer=optimizer, warmup=warmup)  # type: ignore[arg-type]
+        self.loss = nn.CrossEntropyLoss() if loss is None else loss
+        self.freeze = freeze
+        self.backbone_rate = backbone_rate
+        self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._started_from = None if start is None else start.preprocessing
+        self.backbone.requires_grad_(not freeze)
+
+    @property
+    def embedding_head(self) -> None:
+        """Only the backbone goes into the encoder."""
+        return
+
+    def setup(self, stage: str) -> None:
+        """Build the classifier for the data's classes."""
+        data: ImageData = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self._started_from is not None:
+            ours = {name: list(data.preprocessing[name]) for name in ("mean", "std")}  # type: ignore[call-overload]
+            theirs = {name: list(self._started_from[name]) for name in ("mean", "std")}
+            if ours != theirs:
+                raise ValueError(
+                    f"The encoder was trained with {theirs}, the data are normalised with {ours}; set data.init_args.mean "
+                    "and std to the encoder's, or its features will be off."
+                )
+        if unseen := data.class_names[data.num_classes :]:
+            raise ValueError(
+                f"{len(unseen)} classes have no training image, first {unseen[:3]}: a classifier can only name classes that "
+                "it has seen. Use split=sample or split=group, or a gallery."
+            )
+        if self.head is None:
+            if data.num_classes < 2:
+                raise ValueError(f"Classification needs images of two classes or more, got {data.num_classes}.")
+            self.head = LinearHead(data.num_classes, in_features=self.dim)
+        super().setup(stage)
+
+    def train(self, mode: bool = True) -> Classification:
+        """A frozen backbone stays in evaluation mode, so that its batch statistics do not move."""
+        super().train(mode)
+        if self.freeze:
+            self.backbone.eval()
+        return self
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
+        """Every view is one more image of its class."""
+        if batch.labels is None:
+            raise ValueError("Classification needs labels.")
+        logits = self(torch.cat(batch.views)).float()
+        loss: Tensor = self.loss(logits, batch.labels.repeat(len(batch.views)))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(logits))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:  # noqa: ARG002
+        """Keep the probabilities."""
+        return self._keep(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:  # noqa: ARG002
+        """Keep the probabilities."""
+        return self._keep(batch)
+
+    def _keep(self, batch: Batch) -> dict[str, Tensor | None]:
+        assert batch.labels is not None
+        probabilities = self(batch.views[0]).float().softmax(dim=1)
+        self.outputs.append((probabilities, batch.labels, batch.index))
+        return {"probabilities": probabilities, "labels": batch.labels, "index": batch.index}
+
+    def predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Probabilities (N, C), targets (N,) and row numbers (N,) of the last evaluation, all ranks, each image once."""
+        probabilities, labels, index = (
+            gather(torch.cat(part)).cpu().numpy() for part in zip(*self.outputs, strict=True)
+        )
+        _, once = np.unique(index, return_index=True)
+        return probabilities[once], labels[once], index[once]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of the calibrate role."""
+        self._log_report("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures of the test role; `predictions` keeps them for the caller."""
+        self._log_report("test", keep=True)
+
+    def _log_report(self, stage: str, *, keep: bool = False) -> None:
+        if self.outputs and not self.trainer.sanity_checking:
+            probabilities, labels, _ = self.predictions()
+            report = classification_report(probabilities.argmax(axis=1), labels)
+            for name in ("accuracy", "balanced_accuracy", "f_beta"):
+                self.log(f"{stage}/{name}", float(report[name]), prog_bar=name == "accuracy", rank_zero_only=True)
+        if not keep:
+            self.outputs = []
+
+    def on_test_epoch_start(self) -> None:
+        """Forget earlier evaluations."""
+        self.outputs = []
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The backbone's parameters with their own learning rate, then the rest."""
+        of_backbone = {id(parameter) for parameter in self.backbone.parameters()}
+        rest = [parameter for parameter in self.parameters() if id(parameter) not in of_backbone]
+        return decay_groups(self.backbone.parameters(), self.backbone_rate) + decay_groups(rest)
+
+
+def from_encoder(encoder: Encoder, **arguments: Any) -> Classification:
+    """A classifier on a copy of an encoder's backbone; arguments are those of `Classification`."""
+    return Classification(copy.deepcopy(encoder.backbone), **arguments)

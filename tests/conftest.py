@@ -1,0 +1,22 @@
+"""Fixtures that more than one room's tests use."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """Folder of a real data set by name; the test is skipped, and says so, where it is absent."""
+    root = Path(os.environ.get("EMBEDLAB_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+    def find(name: str) -> Path:
+        if not (root / name).is_dir():
+            pytest.skip(
+                f"REAL DATA ABSENT: no folder {root / name}; point EMBEDLAB_DATA to the folder that holds {name}."
+            )
+        return root / name
+
+    return find
