@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import inspect
@@ -21,7 +22,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from embedlab.methods import Method
-from embedlab.methods.callbacks import SaveEncoder
+from embedlab.methods.trainer import SaveEncoder, quiet
 from embedlab.retrieval.monitor import Monitor
 
 log = logging.getLogger("embedlab")
@@ -97,6 +98,7 @@ class _FitCLI(LightningCLI):
 
 def main(arguments: list[str]) -> int:
     """Run `embedlab fit` with its arguments; returns the exit code."""
+    quiet()
     front = argparse.ArgumentParser(prog="embedlab fit", add_help=False, allow_abbrev=False)
     front.add_argument("--run", type=Path)
     front.add_argument("--resume", action="store_true")
@@ -113,8 +115,9 @@ def main(arguments: list[str]) -> int:
     if options.resume and not options.config:
         options.config = [str(run / "config.yaml")]
     started = time.perf_counter()
-    cli = _build([*_config_arguments(options.config), *rest], run)
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+    with contextlib.redirect_stdout(sys.stderr):  # bars and logs; stdout is for the result
+        cli = _build([*_config_arguments(options.config), *rest], run)
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
     if cli.trainer.is_global_zero:
         _report(cli, run, time.perf_counter() - started, as_json=options.json)
     return 0
@@ -171,6 +174,8 @@ def _build(arguments: list[str], run: Path) -> _FitCLI:
                 "init_args": {"save_dir": run_folder, "name": "", "version": ""},
             },
             "num_sanity_val_steps": 0,
+            "log_every_n_steps": 10,
+            "enable_model_summary": False,
             "callbacks": [
                 ModelCheckpoint(f"{run_folder}/checkpoints", filename="last", enable_version_counter=False),
                 SaveEncoder(f"{run_folder}/encoder"),

@@ -6,6 +6,7 @@ makes every picture a different one. Whole scripts are held out, so that a galle
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -223,7 +224,7 @@ def _font_path(style: str) -> Path:
 
 @cache
 def _code_points(style: str) -> frozenset[int]:
-    from fontTools.ttLib import TTFont
+    from fontTools.ttLib import TTFont  # type: ignore[import-untyped]  # comes with matplotlib
 
     with TTFont(_font_path(style), lazy=True) as font:
         return frozenset(font.getBestCmap())
@@ -276,13 +277,13 @@ def _distort(outlines: Pictures, keys: list[tuple[int, ...]], size: int) -> Pict
         noise[row] = generator.standard_normal(noise.shape[1:], np.float32)
     turn, shear, scale, stretch, right, down, stroke, blur, ink, ground, bend, grain = uniform.T[:, :, None, None]
 
-    canvas = outlines.astype(np.float32) / 255
+    canvas: Floats = outlines.astype(np.float32) / np.float32(255)
     canvas += np.maximum(stroke, 0) * (_neighbourhood(canvas, np.maximum) - canvas) * _STROKE
     canvas += np.maximum(-stroke, 0) * (_neighbourhood(canvas, np.minimum) - canvas) * _STROKE
 
     # where on the canvas each pixel of the result looks: affine around the centre, then the elastic lattice
     down_0, right_0 = (np.mgrid[:size, :size].astype(np.float32) + 0.5) * (_CANVAS / size) - _CANVAS / 2
-    angle = turn * np.deg2rad(_TURN_DEGREES)
+    angle = turn * math.radians(_TURN_DEGREES)
     x_scale, y_scale = np.exp(scale * _SCALE + stretch * _STRETCH), np.exp(scale * _SCALE - stretch * _STRETCH)
     x = x_scale * (np.cos(angle) * right_0 - np.sin(angle) * down_0) + shear * _SHEAR * down_0
     y = y_scale * (np.sin(angle) * right_0 + np.cos(angle) * down_0)
@@ -295,13 +296,14 @@ def _distort(outlines: Pictures, keys: list[tuple[int, ...]], size: int) -> Pict
     pictures += (0.5 + 0.5 * blur) * _BLUR * (_smooth(pictures) - pictures)
     low, high = 0.15 + 0.15 * ground, 0.8 + 0.2 * ink
     pictures = low + (high - low) * pictures + noise * _NOISE * (0.6 + 0.4 * grain)
-    return np.round(pictures.clip(0, 1) * 255).astype(np.uint8)
+    result: Pictures = np.round(pictures.clip(0, 1) * 255).astype(np.uint8)
+    return result
 
 
 def _neighbourhood(pictures: Floats, combine: np.ufunc) -> Floats:
     """The largest or smallest value among each pixel and its four neighbours."""
     padded = np.pad(pictures, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    result = combine(padded[:, 1:-1, :-2], padded[:, 1:-1, 2:])
+    result: Floats = combine(padded[:, 1:-1, :-2], padded[:, 1:-1, 2:])
     for other in (padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], pictures):
         combine(result, other, out=result)
     return result
@@ -312,7 +314,7 @@ def _smooth(pictures: Floats) -> Floats:
     for axis in (1, 2):
         padded = np.pad(pictures, [(0, 0), *((1, 1) if axis == a else (0, 0) for a in (1, 2))], mode="edge")
         before, here, after = (padded.take(range(i, i + pictures.shape[axis]), axis) for i in range(3))
-        pictures = (before + 2 * here + after) / 4
+        pictures = (before + 2 * here + after) / np.float32(4)
     return pictures
 
 
@@ -320,7 +322,8 @@ def _spread(size: int) -> Floats:
     """(size, lattice points) weights that turn values at the lattice points into a smooth curve; rows have norm 1."""
     pixels, points = np.linspace(0, 1, size), np.linspace(0, 1, _LATTICE)
     weights = np.exp(-0.5 * ((pixels[:, None] - points) * (_LATTICE - 1) / 0.7) ** 2)
-    return (weights / np.linalg.norm(weights, axis=1, keepdims=True)).astype(np.float32)
+    smooth: Floats = (weights / np.linalg.norm(weights, axis=1, keepdims=True)).astype(np.float32)
+    return smooth
 
 
 def _sample(pictures: Floats, x: Floats, y: Floats) -> Floats:
@@ -328,10 +331,11 @@ def _sample(pictures: Floats, x: Floats, y: Floats) -> Floats:
     padded = np.pad(pictures, ((0, 0), (1, 2), (1, 2)))
     width = padded.shape[-1]
     x, y = (np.clip(place + 1, 0, _CANVAS + 1) for place in (x, y))
-    left, top = x.astype(np.int64), y.astype(np.int64)
-    x, y = x - left, y - top
-    corner = top * width + left + np.arange(len(padded))[:, None, None] * width**2
+    left, top = x.astype(np.int32), y.astype(np.int32)
+    x, y = x - left.astype(np.float32), y - top.astype(np.float32)  # int32 with float32 would give float64
+    corner = top * width + left + np.arange(len(padded), dtype=np.int32)[:, None, None] * width**2
     flat = padded.reshape(-1)
     upper = flat[corner] * (1 - x) + flat[corner + 1] * x
     lower = flat[corner + width] * (1 - x) + flat[corner + width + 1] * x
-    return upper * (1 - y) + lower * y
+    values: Floats = upper * (1 - y) + lower * y
+    return values

@@ -16,7 +16,7 @@ from embedlab._types import Batch
 from embedlab.data.images import Fit, OnError
 from embedlab.data.samplers import BalancedBatches, EvaluationBatches, ShuffledBatches
 from embedlab.data.sources import Source, open_source
-from embedlab.data.splits import read_split, split_by_class, split_by_group, split_by_sample, write_split
+from embedlab.data.splits import split_by_class, split_by_group, split_by_sample, write_split
 from embedlab.data.views import Views, color_statistics, to_float
 
 log = logging.getLogger("embedlab")
@@ -192,13 +192,13 @@ class ImageData(pl.LightningDataModule):
         if self.split == "none":
             return np.full(len(source), "train", dtype=object)
         if self.split == "column":
-            return read_split(source)
+            return _roles_of_column(source)
         if self.split == "group":
             if "group" not in source.columns:
                 raise ValueError(f"split=group needs a column 'group'; {self.root} has {sorted(source.columns) or 'none'}.")
             return split_by_group(source.columns["group"], self.fractions, seed=self.seed)
         if self.split == "sample":
-            return split_by_sample(source.labels or source.names, self.fractions, seed=self.seed)
+            return split_by_sample(source.names, source.labels, fractions=self.fractions, seed=self.seed)
         if source.labels is None:
             raise ValueError(f"split=class needs labels, but {self.root} has none; use split=sample or split=none.")
         return split_by_class(source.labels, self.fractions, seed=self.seed)
@@ -284,6 +284,17 @@ class ImageData(pl.LightningDataModule):
         """(B, C, H, W) in [0, 1] to zero mean and unit deviation, as the Encoder does inside."""
         shape = (1, -1, 1, 1)
         return (images - images.new_tensor(self.mean).view(shape)) / images.new_tensor(self.std).view(shape)
+
+
+def _roles_of_column(source: Source) -> np.ndarray:
+    """The manifest's own roles; "val" and "valid" are other names of calibrate."""
+    roles = np.array([{"val": "calibrate", "valid": "calibrate"}.get(role, role) for role in source.column("split")], dtype=object)
+    unknown = sorted(set(roles) - {"train", "calibrate", "test"})
+    if unknown:
+        raise ValueError(f"Column split must hold train, calibrate (or val) and test; got {unknown[:3]}.")
+    if not (roles == "train").any():
+        raise ValueError("Column split has no row 'train', so there is nothing to train on.")
+    return roles
 
 
 def _number_classes(source: Source, roles: np.ndarray) -> tuple[list[str], np.ndarray | None]:

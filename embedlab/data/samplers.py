@@ -123,7 +123,8 @@ class BalancedBatches(_Batches):
                 for number in chosen:
                     wanted = min(self.images_per_class, len(self.members[number]))
                     if len(waiting[number]) < wanted:
-                        waiting[number] = generator.permutation(self.members[number])
+                        fresh = generator.permutation(self.members[number])
+                        waiting[number] = np.r_[waiting[number], fresh[~np.isin(fresh, waiting[number])]]
                     drawn, waiting[number] = np.split(waiting[number], [wanted])
                     if rank == self.rank:
                         batch += drawn.tolist()

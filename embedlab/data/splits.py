@@ -39,7 +39,7 @@ def split_by_class(labels: Sequence[str], fractions: Fractions = (0.5, 0.25, 0.2
 
     Example:
         >>> split_by_class(["ant", "bee", "cow", "dog", "ant"]).tolist()
-        ['train', 'test', 'calibrate', 'train', 'train']
+        ['calibrate', 'test', 'train', 'train', 'calibrate']
     """
     return _by_name(labels, fractions, seed, kind="class", plural="classes")
 
@@ -151,7 +151,7 @@ def write_split(path: str | os.PathLike[str], source: Source, roles: Sequence[st
     Paths below the manifest's folder are written relative to it, others absolute. The file appears whole or not at all.
 
     Args:
-        path: The CSV file; its folder exists, an older file is replaced.
+        path: The CSV file; its folder is made if need be, an older file is replaced.
         source: N samples; a column "split" that it has is replaced.
         roles: N of "train", "calibrate", "test".
 
@@ -167,6 +167,7 @@ def write_split(path: str | os.PathLike[str], source: Source, roles: Sequence[st
         [str(role) for role in roles],
         *others.values(),
     ]
+    os.makedirs(os.path.dirname(target), exist_ok=True)
     temporary = f"{target}.{os.getpid()}.part"
     try:
         with open(temporary, "w", encoding="utf-8", newline="") as file:

@@ -13,8 +13,10 @@ from torch import Tensor
 from embedlab._ops import keyed_uniform
 
 # columns of the random numbers of one view of one image
-_CROP, _FLIP, _AFFINE, _COLOUR, _BLUR, _ERASE = slice(0, 4), 4, slice(5, 10), slice(10, 16), slice(16, 18), slice(18, 23)
-_COLUMNS = 23
+_TRIES = 6  # boxes drawn per crop, of which the first that fits is taken
+_AREA, _RATIO, _PLACE = slice(0, _TRIES), slice(_TRIES, 2 * _TRIES), slice(2 * _TRIES, 2 * _TRIES + 2)
+_FLIP, _AFFINE, _COLOUR, _BLUR, _ERASE = 14, slice(15, 20), slice(20, 26), slice(26, 28), slice(28, 33)
+_COLUMNS = 33
 
 # luma and the YIQ transform; a rotation of (I, Q) turns the hue
 _RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
@@ -130,21 +132,28 @@ class Views:
 
     def _geometry(self, random: Tensor, aspect: float) -> Tensor:
         """(B, 2, 3) matrices from the view's coordinates to the image's, both in [-1, 1]."""
-        area = _between(random[:, 0], *self.crop_scale)
-        ratio = _between(random[:, 1], math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1])).exp()
-        # a crop wider or higher than the image is cut to it; area and ratio are in pixels, coordinates are not
-        width = (area * ratio / aspect).sqrt().clamp(max=max(1.0, self.crop_scale[1]))
-        height = (area / ratio * aspect).sqrt().clamp(max=max(1.0, self.crop_scale[1]))
-        shift_x = (1 - width).clamp(min=0) * (2 * random[:, 2] - 1) + self._spread(random[:, 8], 2 * self.translate)
-        shift_y = (1 - height).clamp(min=0) * (2 * random[:, 3] - 1) + self._spread(random[:, 9], 2 * self.translate)
+        width, height = self._box(random, aspect)
+        angle, slope_x, slope_y, move_x, move_y = random[:, _AFFINE].mul(2).sub(1).unbind(dim=1)
+        place_x, place_y = random[:, _PLACE].mul(2).sub(1).unbind(dim=1)
+        shift_x = (1 - width).clamp(min=0) * place_x + 2 * self.translate * move_x
+        shift_y = (1 - height).clamp(min=0) * place_y + 2 * self.translate * move_y
         mirror = torch.where(random[:, _FLIP] < self.flip, -1.0, 1.0)
-        angle = self._spread(random[:, 5], math.radians(self.degrees))
-        slope_x, slope_y = self._spread(random[:, 6], self.shear), self._spread(random[:, 7], self.shear)
+        angle, slope_x, slope_y = math.radians(self.degrees) * angle, self.shear * slope_x, self.shear * slope_y
         cos, sin = angle.cos(), angle.sin()
         a, b = cos - sin * slope_y, cos * slope_x - sin
         c, d = sin + cos * slope_y, sin * slope_x + cos
         rows = [width * a * mirror, width * b, shift_x, height * c * mirror, height * d, shift_y]
         return torch.stack(rows, dim=1).view(-1, 2, 3)
+
+    def _box(self, random: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
+        """Width and height (B,) of the crops as shares of the image; as torchvision, the first drawn box that fits."""
+        area = _between(random[:, _AREA], *self.crop_scale)
+        ratio = _between(random[:, _RATIO], math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1])).exp()
+        sides = torch.stack([(area * ratio / aspect).sqrt(), (area / ratio * aspect).sqrt()])  # (2, B, tries)
+        fits = (sides <= max(1.0, self.crop_scale[1]) + 1e-6).all(dim=0)
+        first = fits.byte().argmax(dim=1)  # 0 where none fits; that box is cut to the image
+        width, height = sides.gather(2, first.expand(2, -1)[..., None]).squeeze(2).clamp(max=max(1.0, self.crop_scale[1]))
+        return width, height
 
     @staticmethod
     def _spread(random: Tensor, most: float) -> Tensor:

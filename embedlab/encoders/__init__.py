@@ -1,5 +1,6 @@
 """Backbones, heads, and the Encoder that joins, saves and applies them."""
 
+from embedlab.encoders.backbones import Pixels as Pixels
 from embedlab.encoders.backbones import ResNet as ResNet
 from embedlab.encoders.backbones import TimmBackbone as TimmBackbone
 from embedlab.encoders.encoder import Encoder as Encoder

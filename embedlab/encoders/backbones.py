@@ -28,7 +28,8 @@ class PretrainedUnavailableError(RuntimeError):
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """At most 32 groups, of 8 channels or more: smaller ones are ill-conditioned on the small maps of late stages."""
+    return nn.GroupNorm(math.gcd(32, max(1, channels // 8)), channels)
 
 
 def _require_reachable(url: str, what: str) -> None:
@@ -191,3 +192,23 @@ def _timm_cache(name: str, pretrained: bool) -> dict[str, Any]:
             return {"pretrained_cfg_overlay": {"file": cached}}
     _require_reachable("https://huggingface.co" if source.hf_hub_id else source.url, f"timm weights of {name}")
     return {}
+
+
+class Pixels(nn.Module):
+    """The image itself as a feature vector: the baseline that every trained encoder must beat.
+
+    Args:
+        image_size: Side of the images in pixels.
+        in_channels: Channels of the images.
+
+    Shape: images (B, in_channels, image_size, image_size) to (B, in_channels * image_size ** 2).
+    """
+
+    def __init__(self, image_size: int, *, in_channels: int = 3) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {"image_size": image_size, "in_channels": in_channels}
+        self.in_channels = in_channels
+        self.out_features = in_channels * image_size**2
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)

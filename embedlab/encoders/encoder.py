@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -26,7 +27,7 @@ from embedlab._types import Embeddings
 from embedlab.data.images import Fit, OnError, read_images, report_skipped
 from embedlab.data.sources import Source
 from embedlab.data.views import color_statistics
-from embedlab.encoders.backbones import ResNet, TimmBackbone
+from embedlab.encoders.backbones import Pixels, ResNet, TimmBackbone
 from embedlab.encoders.heads import LinearHead, MLPHead, connect
 
 log = logging.getLogger("embedlab")
@@ -34,7 +35,7 @@ log = logging.getLogger("embedlab")
 FORMAT = "embedlab-encoder"
 FORMAT_VERSION = 1
 _ARCHITECTURES: dict[str, type[nn.Module]] = {
-    kind.__name__: kind for kind in (ResNet, TimmBackbone, MLPHead, LinearHead)
+    kind.__name__: kind for kind in (ResNet, TimmBackbone, Pixels, MLPHead, LinearHead)
 }
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{32})"')
 SKIP_LIMIT = 0.01  # the largest share of unreadable files that on_error="skip" leaves out
@@ -126,6 +127,16 @@ class Encoder(nn.Module):
         if self.head is not None:
             embeddings = self.head(embeddings)
         return normalize(embeddings)
+
+    def untrained(self, *, seed: int = 0) -> Encoder:
+        """The same architecture and preprocessing with fresh random weights: a baseline."""
+        fresh = copy.deepcopy(self).train()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for name, part in (("backbone", self.backbone), ("head", self.head)):
+                if part is not None:
+                    setattr(fresh, name, _construct(_describe(part), None, name, "The encoder"))
+        return fresh.to(self.mean.device).eval()
 
     def preprocess(self, images: np.ndarray | Tensor) -> Tensor:
         """Bring a batch of images to the encoder's size.

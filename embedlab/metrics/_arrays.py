@@ -54,6 +54,8 @@ def as_labels(values: Any, name: str, rows: int | None = None) -> Array:
     labels = as_array(values)
     if labels.dtype.kind == "O" and all(isinstance(label, str) for label in labels.ravel()):
         labels = labels.astype(np.str_)
+    if labels.shape == (0,):
+        labels = labels.astype(np.int64)  # an empty list says nothing about its type, and NumPy takes it for floats
     if labels.ndim != 1 or labels.dtype.kind not in "iubU":
         raise ValueError(
             f"{name} must be (N,) integers or strings, got shape {labels.shape} of {labels.dtype}: "

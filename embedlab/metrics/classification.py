@@ -35,7 +35,7 @@ def confusion_matrix(prediction: Any, target: Any, *, classes: Any = None) -> tu
     names: Array = found
     if classes is not None:
         names = as_labels(classes, "classes")
-        place, _, _ = encode_together(found, names, "labels and classes")
+        encode_together(found, names, "labels and classes")  # refuses strings against numbers
         order = {value: number for number, value in enumerate(names.tolist())}
         strange = [value for value in found.tolist() if value not in order]
         if strange or len(order) != len(names):

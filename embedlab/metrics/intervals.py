@@ -88,7 +88,8 @@ def wilson_interval(successes: float, trials: float, *, confidence: float = 0.95
     share, shrink = successes / trials, 1 + z * z / trials
     middle = (share + z * z / (2 * trials)) / shrink
     half = z * (share * (1 - share) / trials + z * z / (4 * trials**2)) ** 0.5 / shrink
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # exact at the ends, where rounding would leave 1e-17
+    return (max(0.0, middle - half) if successes else 0.0), (min(1.0, middle + half) if successes < trials else 1.0)
 
 
 def _checked_confidence(confidence: float) -> float:

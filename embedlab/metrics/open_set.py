@@ -38,8 +38,8 @@ def fpir_fnir(scores: Any, correct: Any, known: Any, threshold: Any) -> tuple[fl
     if not enrolled:
         raise ValueError(f"FNIR needs probes of enrolled identities, but all {len(stranger)} probes are strangers.")
     thresholds = _thresholds(threshold)
-    fpir: Floats = _share_at_least(stranger, thresholds, len(stranger))
-    fnir: Floats = 1 - _share_at_least(identified, thresholds, enrolled)
+    fpir = _at_least(stranger, thresholds) / len(stranger)
+    fnir = (enrolled - _at_least(identified, thresholds)) / enrolled
     return (float(fpir), float(fnir)) if thresholds.ndim == 0 else (fpir, fnir)
 
 
@@ -70,7 +70,7 @@ def detection_identification_rate(
     if (threshold is None) == (fpir is None):
         raise ValueError("detection_identification_rate needs exactly one of threshold and fpir.")
     if fpir is None:
-        return float(_share_at_least(identified, _thresholds(threshold), enrolled))
+        return float(_at_least(identified, _thresholds(threshold)) / enrolled)
     if not 0 < fpir <= 1:
         raise ValueError(f"fpir must be in (0, 1], got {fpir}; it is a share, not a percentage.")
     allowed = int(fpir * len(stranger) + 1e-9)
@@ -101,6 +101,6 @@ def _thresholds(threshold: Any) -> Floats:
     return thresholds
 
 
-def _share_at_least(ascending: Floats, thresholds: Floats, total: int) -> Floats:
-    share: Floats = np.asarray((len(ascending) - np.searchsorted(ascending, thresholds, side="left")) / total)
-    return share
+def _at_least(ascending: Floats, thresholds: Floats) -> Floats:
+    """How many of the ascending scores reach each threshold."""
+    return np.asarray(len(ascending) - np.searchsorted(ascending, thresholds, side="left"), dtype=np.float64)

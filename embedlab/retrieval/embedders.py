@@ -26,7 +26,7 @@ class Embedder(Protocol):
         """Numbers per vector, None where it is not known before the first image."""
         ...
 
-    def embed(self, images: Any) -> Embeddings:
+    def embed(self, images: Any, **options: Any) -> Embeddings:
         """Embed image paths, or an array (N, C, H, W)."""
         ...
 
@@ -66,11 +66,12 @@ class CallableEmbedder:
         self.fingerprint = f"callable:{name}" if fingerprint is None else fingerprint
         self.dim: int | None = None
 
-    def embed(self, images: Any) -> Embeddings:
+    def embed(self, images: Any, **options: Any) -> Embeddings:
         """Embed images.
 
         Args:
             images: Paths, or an array or tensor (N, C, H, W).
+            options: None: what an `Encoder` takes here belongs into the function.
 
         Returns:
             N vectors, not normalised, with ids 0 to N - 1 and the paths, if any.
@@ -78,6 +79,8 @@ class CallableEmbedder:
         Raises:
             ValueError: Image files of several sizes without `image_size`, or a function that does not return (B, D).
         """
+        if options:
+            raise ValueError(f"CallableEmbedder.embed takes no options, got {sorted(options)}; they are an Encoder's.")
         paths = image_paths(images)
         count = len(images) if paths is None else len(paths)
         parts = []

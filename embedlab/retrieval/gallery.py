@@ -40,7 +40,8 @@ class Identification:
         score: Fused score of the best identity, NaN in an empty gallery.
         threshold: What the score had to reach; None before calibration.
         calibrated: Whether the gallery has a threshold. False means that `label` None is no decision.
-        neighbours: The nearest templates, one row; the best guess stands first.
+        neighbours: The nearest templates, one row, nearest first.
+        best: The identity that `score` belongs to, accepted or not; None in an empty gallery.
     """
 
     label: str | None
@@ -48,6 +49,7 @@ class Identification:
     threshold: float | None
     calibrated: bool
     neighbours: Neighbours
+    best: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON knows it; neighbours as a list of id, label and score."""
@@ -56,6 +58,7 @@ class Identification:
         )
         return {
             "label": self.label,
+            "best": self.best,
             "score": _number(self.score),
             "threshold": self.threshold,
             "calibrated": self.calibrated,
@@ -248,6 +251,30 @@ class Gallery:
         return self._now().meta.fingerprint
 
     @property
+    def embedder(self) -> Embedder:
+        """What turns images into vectors; the encoder in the folder is loaded when this is first asked for.
+
+        Raises:
+            ValueError: A gallery of ready-made vectors, or a plain function that was not handed to `open`.
+        """
+        self._require_open()
+        with self._mutex:
+            if self._embedder is None:
+                meta = self._snapshot.meta
+                if meta.fingerprint is None:
+                    raise ValueError(
+                        f"The gallery {self.folder} was made for ready-made vectors (dim={meta.dim}) and has no "
+                        "embedder for images=; pass embeddings=, or make a gallery with an embedder."
+                    )
+                if not meta.encoder:
+                    raise ValueError(
+                        f"The gallery {self.folder} was made with the function {meta.fingerprint}, which cannot be "
+                        "stored; hand it to Gallery.open(folder, function), or pass embeddings=."
+                    )
+                self._embedder = self._accepted(as_embedder(self.folder / "encoder"))
+            return self._embedder
+
+    @property
     def generation(self) -> int:
         """Changes so far."""
         return self._now().meta.generation
@@ -433,6 +460,15 @@ class Gallery:
 
     # ---- asking it -------------------------------------------------------------------------------------------------
 
+    def embed(self, images: Any, **options: Any) -> Embeddings:
+        """Vectors of images by the gallery's own embedder, for `embeddings=` of the other methods.
+
+        Args:
+            images: What the embedder takes: paths, an array (N, C, H, W), for an `Encoder` also a data source.
+            options: Of the embedder's `embed`, such as `on_error` and `batch_size` of an `Encoder`.
+        """
+        return self.embedder.embed(images, **options)
+
     def search(
         self, images: Any = None, *, embeddings: Any = None, k: int = 10, where: dict[str, Any] | None = None
     ) -> Neighbours:
@@ -459,9 +495,10 @@ class Gallery:
         answers = []
         for row, (code, score) in enumerate(zip(best.tolist(), scores, strict=True)):
             known = threshold is not None and bool(score >= np.float32(threshold))  # NaN, an empty gallery: unknown
+            guess = now.names[code] if code >= 0 else None
             one = Neighbours(near.ids[row : row + 1], near.labels[row : row + 1], near.scores[row : row + 1])
-            label = now.names[code] if known else None
-            answers.append(Identification(label, float(score), threshold, threshold is not None, one))
+            label = guess if known else None
+            answers.append(Identification(label, float(score), threshold, threshold is not None, one, guess))
         return answers
 
     def verify(self, label: str, *, image: Any = None, embedding: Any = None) -> Verification:
@@ -703,23 +740,6 @@ class Gallery:
             )
         return embedder
 
-    def _loaded_embedder(self) -> Embedder:
-        with self._mutex:
-            if self._embedder is None:
-                meta = self._snapshot.meta
-                if meta.fingerprint is None:
-                    raise ValueError(
-                        f"The gallery {self.folder} was made for ready-made vectors (dim={meta.dim}) and has no "
-                        "embedder for images=; pass embeddings=, or make a gallery with an embedder."
-                    )
-                if not meta.encoder:
-                    raise ValueError(
-                        f"The gallery {self.folder} was made with the function {meta.fingerprint}, which cannot be "
-                        "stored; hand it to Gallery.open(folder, function), or pass embeddings=."
-                    )
-                self._embedder = self._accepted(as_embedder(self.folder / "encoder"))
-            return self._embedder
-
     def _vectors(self, images: Any, embeddings: Any) -> Vectors:
         """Normalised vectors (N, D) from whichever of the two came."""
         self._require_open()
@@ -727,7 +747,7 @@ class Gallery:
             raise ValueError("Pass either images= or embeddings=.")
         if embeddings is None:
             paths = image_paths(images)
-            embeddings = self._loaded_embedder().embed(images if paths is None else paths)
+            embeddings = self.embedder.embed(images if paths is None else paths)
         if isinstance(embeddings, Embeddings):
             embeddings = embeddings.vectors
         return _normalised(as_array(embeddings), self._snapshot.meta.dim)
@@ -739,8 +759,7 @@ def _normalised(array: np.ndarray[Any, Any], dim: int | None) -> Vectors:
     if array.ndim != 2 or array.dtype.kind not in "fiu":
         raise ValueError(f"Embeddings must be (N, D) real numbers, got shape {array.shape} of {array.dtype}.")
     _require_dim(array.shape[1], dim)
-    exact = array.astype(np.float64)
-    norms = np.linalg.norm(exact, axis=1)
+    norms = np.sqrt(np.einsum("nd,nd->n", array, array, dtype=np.float64))
     good = np.isfinite(norms) & (norms > 1e-30)
     if not good.all():
         row = int(np.argmin(good))
@@ -749,7 +768,8 @@ def _normalised(array: np.ndarray[Any, Any], dim: int | None) -> Vectors:
             f"{int((~good).sum())} of {len(array)} embeddings are zero or not finite; row {row} is {what}. A broken "
             "image, or a network that has diverged?"
         )
-    vectors: Vectors = (exact / norms[:, None]).astype(np.float32)
+    vectors: Vectors = np.empty((len(array), array.shape[1]), np.float32)
+    np.divide(array, norms[:, None], out=vectors, casting="same_kind")  # in float64, without a second table
     return vectors
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sqlite3
+import struct
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,7 @@ SCHEMA = (
 )
 SEQUENCE_SCHEMA = "CREATE TABLE sqlite_sequence(name,seq)"  # SQLite's own, for AUTOINCREMENT
 NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "fuse.sshfs"}
+_ITEM = struct.Struct("<4sqii")  # tag, id, bytes of the label, bytes of the metadata or -1
 SLOT = 512  # bytes, one sector, so that writing one slot cannot tear the other
 
 
@@ -542,8 +544,11 @@ def _blake2b(*parts: bytes) -> bytes:
 
 
 def _item_digest(key: int, label: bytes, metadata: bytes | None, vector: bytes) -> bytes:
-    note = b"\x00" if metadata is None else b"\x01" + metadata
-    return _blake2b(b"item", key.to_bytes(8, "little"), label, note, vector)
+    """One call per template on enrolling and opening, so written flat; the lengths keep the parts apart."""
+    note, length = (b"", -1) if metadata is None else (metadata, len(metadata))
+    return hashlib.blake2b(
+        _ITEM.pack(b"item", key, len(label), length) + label + note + vector, digest_size=16
+    ).digest()
 
 
 def _request_digest(key: bytes, first_id: int, templates: int, content: bytes) -> bytes:

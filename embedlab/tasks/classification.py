@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +148,3 @@ class Classification(Method):
         of_backbone = {id(parameter) for parameter in self.backbone.parameters()}
         rest = [parameter for parameter in self.parameters() if id(parameter) not in of_backbone]
         return decay_groups(self.backbone.parameters(), self.backbone_rate) + decay_groups(rest)
-
-
-def from_encoder(encoder: Encoder, **arguments: Any) -> Classification:
-    """A classifier on a copy of an encoder's backbone; arguments are those of `Classification`."""
-    return Classification(copy.deepcopy(encoder.backbone), **arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -9,6 +11,26 @@ import pytorch_lightning as pl
 from embedlab.data.module import ImageData
 from embedlab.encoders import Encoder
 from embedlab.methods.base import Method
+
+
+# Advice that does not apply: our batches are decoded already, our samplers share data among ranks themselves
+_NOISE = (
+    ".*does not have many workers.*",
+    ".*number of training batches.*smaller than the logging interval.*",
+    ".*LightningCLI's args parameter is intended to run from within Python.*",
+    ".*No seed found, seed set to.*",
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*Detected call of `lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",
+)
+
+
+def quiet() -> None:
+    """Silence Lightning's hints about hardware, products and workers; its warnings about the run stay."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)
 
 
 class SaveEncoder(pl.Callback):

@@ -1,0 +1,619 @@
+"""The command line. Rooms are imported inside functions only, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embedlab import __version__
+
+if TYPE_CHECKING:
+    from embedlab._types import Embeddings
+    from embedlab.data import Source
+
+Result = dict[str, Any]
+PATH_HELP = "folder of images (label = folder), CSV or Parquet manifest, one image, or torchvision:NAME"
+VECTORS_HELP = f"{PATH_HELP}, stored embeddings, or vectors.npy"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 for an error, 2 for a wrong call."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        if arguments[:1] == ["fit"] and arguments[1:] not in (["--help"], ["-h"]):
+            from embedlab.fit import main as fit
+
+            return fit(arguments[1:])
+        options = _parser().parse_args(arguments)
+        with contextlib.redirect_stdout(sys.stderr):  # bars and logs of libraries; stdout is for the result
+            result = options.run(options)
+        _print(result, options)
+        return int(result.get("exit", 0)) if isinstance(result, dict) else 0
+    except KeyboardInterrupt:
+        sys.stderr.write("embedlab: interrupted\n")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("EMBEDLAB_DEBUG"):
+            raise
+        kind = "" if isinstance(error, ValueError | RuntimeError | OSError | ImportError) else f"{type(error).__name__}: "
+        sys.stderr.write(f"embedlab: error: {kind}{error}\n")
+        return 1
+
+
+def _print(result: Result, options: argparse.Namespace) -> None:
+    text = result.pop("text", None)
+    if options.json or text is None:
+        result.pop("exit", None)
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False, default=_plain))
+    else:
+        print(text)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)
+
+
+# ---- the parser ----------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="embedlab",
+        description="Train an embedding, build a gallery, name what you see and say unknown to strangers.",
+    )
+    parser.add_argument("--version", action="version", version=f"embedlab {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_quickstart(commands)
+    fit = commands.add_parser(
+        "fit",
+        help="train from a recipe",
+        description="Train from a recipe: embedlab fit -c recipes/NAME.yaml [--run FOLDER] [--resume] [--KEY VALUE ...]. "
+        "Every key of the recipe can be overridden, such as --trainer.max_epochs 5 or "
+        "--data.init_args.root FOLDER; --print_config shows all keys with their values.",
+    )
+    fit.add_argument("-c", "--config", help="the recipe; several merge left to right")
+    fit.add_argument("--run", help="run folder (default runs/<recipe>)")
+    fit.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
+    fit.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    _add_embed(commands)
+    _add_evaluate(commands)
+    _add_finetune(commands)
+    _add_gallery(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], Result], help: str) -> Any:
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout; bars and logs go to stderr")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_reading(parser: Any) -> None:
+    parser.add_argument(
+        "--select",
+        nargs="+",
+        metavar="COLUMN=VALUE",
+        help="keep the rows of a manifest with these values; VALUE may be several, separated by commas",
+    )
+    parser.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="what an unreadable image does")
+
+
+def _add_embedding(parser: Any) -> None:
+    parser.add_argument("--batch-size", type=int, default=128, help="images per forward pass")
+    parser.add_argument(
+        "--precision",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="bfloat16 is 2-3 times faster and moves a cosine by about 0.001",
+    )
+
+
+def _add_quickstart(commands: Any) -> None:
+    parser = _command(commands, "quickstart", _quickstart, "the guided first run, 3-5 minutes, no download")
+    parser.add_argument("--out", type=Path, default=Path("embedlab-quickstart"), help="folder for what it makes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fpir", type=float, default=0.05, help="promised false-positive identification rate")
+    parser.add_argument("--effort", type=float, default=1.0, help="share of the training steps; below 1 for a look only")
+
+
+def _add_embed(commands: Any) -> None:
+    parser = _command(commands, "embed", _embed, "embed images and store the vectors")
+    parser.add_argument("path", help=PATH_HELP)
+    parser.add_argument("--encoder", required=True, help="folder of a saved encoder")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the stored embeddings")
+    parser.add_argument("--overwrite", action="store_true", help="replace stored embeddings")
+    _add_reading(parser)
+    _add_embedding(parser)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(
+        commands, "evaluate", _evaluate, "measure retrieval, and with --open-set the refusal of strangers"
+    )
+    parser.add_argument("path", help=f"queries: {VECTORS_HELP}")
+    parser.add_argument("--encoder", help="folder of a saved encoder; not needed for stored embeddings")
+    parser.add_argument("--reference", help="what to search (default: leave-one-out within the queries)")
+    parser.add_argument("--reference-select", nargs="+", metavar="COLUMN=VALUE", help="as --select, for the reference")
+    parser.add_argument("--knn-k", type=int, default=20, help="neighbours of the weighted k-NN classifier")
+    parser.add_argument("--labels", help="labels of vectors.npy, one per line")
+    parser.add_argument("--baselines", action="store_true", help="also raw pixels and the untrained network")
+    parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
+    _add_reading(parser)
+    _add_embedding(parser)
+    group = parser.add_argument_group(
+        "open-set trial",
+        "Half of the queries' identities, by seed, are enrolled and the other half are strangers; the threshold is set "
+        "on other identities.",
+    )
+    group.add_argument("--open-set", action="store_true", help="run the trial")
+    group.add_argument("--calibrate-select", nargs="+", metavar="COLUMN=VALUE", help="rows that set the threshold")
+    group.add_argument("--fpir", type=float, default=0.05, help="promised false-positive identification rate")
+    group.add_argument("--templates", type=int, default=3, help="enrolled images per identity, without --reference")
+    group.add_argument("--seed", type=int, default=0, help="of the halves and templates")
+
+
+def _add_finetune(commands: Any) -> None:
+    parser = _command(commands, "finetune", _finetune, "fine-tune a classifier on an encoder's backbone and test it")
+    parser.add_argument("path", help=PATH_HELP)
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--encoder", help="folder of a saved encoder to start from")
+    start.add_argument("--scratch-like", metavar="ENCODER", help="the same network with random weights")
+    parser.add_argument("--run", type=Path, required=True, help="run folder for report.json, predictions.csv, encoder/")
+    parser.add_argument("--split", choices=["sample", "group", "column"], default="sample", help="how roles are drawn")
+    parser.add_argument(
+        "--fractions", type=float, nargs=3, default=(0.6, 0.1, 0.3), metavar=("TRAIN", "CALIBRATE", "TEST")
+    )
+    parser.add_argument("--labels-per-class", type=int, help="train on that many images of each class")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the classifier")
+    parser.add_argument("--backbone-rate", type=float, default=0.3, help="the backbone's, as a share of --rate")
+    parser.add_argument("--loss", choices=["cross-entropy", "focal"], default="cross-entropy")
+    parser.add_argument("--freeze", action="store_true", help="train the classifier only (linear probe)")
+    parser.add_argument("--flip", type=float, default=0.5, help="probability of a left-right flip; 0 for text")
+    parser.add_argument("--seed", type=int, default=0)
+    _add_reading(parser)
+
+
+def _add_gallery(commands: Any) -> None:
+    gallery = commands.add_parser("gallery", help="enroll, identify, verify, remove", description="Work with a gallery.")
+    verbs = gallery.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], Result], help: str, *, path: bool = False) -> Any:
+        parser = _command(verbs, name, run, help)
+        parser.add_argument("gallery", type=Path, help="folder of the gallery")
+        if path:
+            parser.add_argument("path", help=VECTORS_HELP)
+            parser.add_argument("--labels", help="labels of vectors.npy, one per line")
+            _add_reading(parser)
+        return parser
+
+    create = verb("create", _create, "make an empty gallery")
+    create.add_argument("--encoder", help="folder of a saved encoder; it is copied into the gallery")
+    create.add_argument("--dim", type=int, help="numbers per vector, for a gallery of ready-made vectors")
+    create.add_argument("--fusion", choices=["max", "mean", "vote"], default="max", help="over an identity's templates")
+    enroll = verb("enroll", _enroll, "add templates", path=True)
+    enroll.add_argument("--label", help="one identity for all images; otherwise labels come from PATH")
+    enroll.add_argument("--key", help="name of this request: repeating it adds nothing")
+    remove = verb("remove", _remove, "remove identities or single templates")
+    remove.add_argument("--label", nargs="+", help="identities")
+    remove.add_argument("--id", nargs="+", type=int, help="templates")
+    remove.add_argument("--purge", action="store_true", help="also erase the bytes from the files")
+    rename = verb("rename", _rename, "give an identity another name")
+    rename.add_argument("old")
+    rename.add_argument("new")
+    merge = verb("merge", _merge, "give all templates of one identity to another")
+    merge.add_argument("source")
+    merge.add_argument("into")
+    verb("list", _list, "identities with their number of templates")
+    search = verb("search", _search, "nearest templates", path=True)
+    search.add_argument("-k", type=int, default=10)
+    identify = verb("identify", _identify, "name each image, or say unknown", path=True)
+    identify.add_argument("-k", type=int, default=5, help="neighbours that come with each answer")
+    verify = verb("verify", _verify, "check that an image shows who it claims to", path=True)
+    verify.add_argument("--label", required=True, help="the claimed identity")
+    calibrate = verb("calibrate", _calibrate, "set the unknown threshold from strangers", path=True)
+    calibrate.add_argument("--fpir", type=float, default=0.01, help="promised false-positive identification rate")
+    calibrate.add_argument("--fmr", type=float, help="promised false match rate of verify (default: fpir)")
+    verb("check", _check, "verify every byte")
+    verb("backup", _backup, "copy one consistent state").add_argument("out", type=Path)
+    verb("compact", _compact, "give free space back")
+    verb("info", _info, "what the gallery holds and promises")
+
+
+# ---- reading what PATH names ---------------------------------------------------------------------------------------
+
+
+def _selection(pairs: list[str] | None) -> dict[str, list[str]] | None:
+    if not pairs:
+        return None
+    selected = {}
+    for pair in pairs:
+        column, equals, values = pair.partition("=")
+        if not equals or not column or not values:
+            raise ValueError(f"--select takes COLUMN=VALUE, got {pair!r}; such as --select split=test.")
+        selected[column] = values.split(",")
+    return selected
+
+
+def _is_vectors(path: str) -> bool:
+    return path.endswith(".npy") or (Path(path) / "protocol.json").is_file()
+
+
+def _vectors(path: str, labels: str | None) -> Embeddings:
+    from embedlab.retrieval import read_vectors
+
+    return read_vectors(path, labels)
+
+
+def _source(path: str, select: list[str] | None) -> Source:
+    from embedlab.data import open_source
+
+    return open_source(path, select=_selection(select))
+
+
+def _probes(options: argparse.Namespace, gallery: Any) -> Embeddings:
+    """Vectors with labels and paths, whatever PATH is; images go through the gallery's own encoder."""
+    from embedlab._types import Embeddings
+
+    if _is_vectors(options.path):
+        return _vectors(options.path, options.labels)
+    source = _source(options.path, options.select)
+    found: Embeddings = gallery.embed(source, on_error=options.on_error)
+    return found
+
+
+def _require_labels(labels: list[str] | None, path: str) -> list[str]:
+    if labels is None:
+        raise ValueError(
+            f"{path} has no labels. Put the images into one folder per identity, use a manifest with the columns path and "
+            "label, or name them all by --label."
+        )
+    return labels
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+
+
+def _quickstart(options: argparse.Namespace) -> Result:
+    from embedlab.quickstart import run
+
+    return run(options.out, seed=options.seed, fpir=options.fpir, effort=options.effort)
+
+
+def _embed(options: argparse.Namespace) -> Result:
+    from embedlab.encoders import Encoder
+    from embedlab.retrieval import write_embeddings
+
+    encoder = Encoder.load(options.encoder)
+    source = _source(options.path, options.select)
+    started = time.perf_counter()
+    embeddings = encoder.embed(
+        source, batch_size=options.batch_size, precision=options.precision, on_error=options.on_error
+    )
+    seconds = time.perf_counter() - started
+    protocol = {
+        "encoder": encoder.fingerprint,
+        "preprocessing": encoder.preprocessing,
+        "precision": options.precision,
+        "source": options.path,
+        "select": _selection(options.select),
+    }
+    write_embeddings(options.out, embeddings, protocol=protocol, overwrite=options.overwrite)
+    count, dim = embeddings.vectors.shape
+    return {
+        "out": str(options.out),
+        "count": count,
+        "dim": dim,
+        "skipped": len(source) - count,
+        "encoder": encoder.fingerprint,
+        "seconds": round(seconds, 2),
+        "text": f"{count} images, {dim} numbers each, in {seconds:.1f} s: {options.out}",
+    }
+
+
+def _evaluate(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval.evaluation import evaluate_open_set, evaluate_retrieval, table
+
+    if options.open_set and not options.calibrate_select:
+        raise ValueError("--open-set needs --calibrate-select COLUMN=VALUE: identities, not tested, that set the threshold.")
+    started = time.perf_counter()
+    rows: dict[str, Result] = {}
+    for name, read in _readers(options).items():
+        query = read(options.path, options.select)
+        searched = options.reference or (options.path if options.reference_select else None)
+        reference = None if searched is None else read(searched, options.reference_select)
+        rows[name] = evaluate_retrieval(query, reference, knn_k=options.knn_k)
+        if options.open_set:
+            strangers = read(options.path, options.calibrate_select)
+            rows[name]["open_set"] = evaluate_open_set(
+                query, strangers, reference, fpir=options.fpir, templates=options.templates, seed=options.seed
+            )
+    protocol = {
+        name: getattr(options, name)
+        for name in ("path", "select", "reference", "reference_select", "calibrate_select", "encoder", "precision")
+    }
+    result = {"results": rows, "protocol": protocol, "seconds": round(time.perf_counter() - started, 2)}
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1, default=_plain), encoding="utf-8")
+    text = table(rows, ["recall_at_1", "recall_at_5", "recall_at_10", "map_at_r", "r_precision", "knn_accuracy"])
+    if options.open_set:
+        trials = {name: row["open_set"] for name, row in rows.items()}
+        trial = next(iter(trials.values()))
+        text += (
+            f"\n\nopen set: {trial['enrolled']} enrolled, {trial['strangers']} strangers, threshold from "
+            f"{trial['calibration_strangers']} others at a promised FPIR of {trial['target_fpir']:.3f}\n"
+        ) + table(trials, ["closed_set_accuracy", "detection_rate", "observed_fpir"])
+    return {**result, "text": text}
+
+
+def _readers(options: argparse.Namespace) -> dict[str, Callable[[str, list[str] | None], Embeddings]]:
+    """Name of a row of the table to how its vectors are made."""
+    if _is_vectors(options.path):
+        if options.baselines or options.encoder:
+            raise ValueError(f"{options.path} holds vectors; --encoder and --baselines need images.")
+        return {"vectors": lambda path, select: _selected_vectors(path, options.labels, select)}
+    if options.encoder is None:
+        raise ValueError(f"{options.path} holds images, so evaluate needs --encoder FOLDER.")
+    from embedlab.encoders import Encoder, Pixels
+
+    encoder = Encoder.load(options.encoder)
+    encoders = {"encoder": encoder}
+    if options.baselines:
+        pixels = Pixels(encoder.image_size, in_channels=encoder.channels)
+        encoders["raw pixels"] = Encoder(pixels, **encoder.preprocessing)
+        encoders["untrained"] = encoder.untrained()
+
+    def reader(embedder: Encoder) -> Callable[[str, list[str] | None], Embeddings]:
+        return lambda path, select: embedder.embed(
+            _source(path, select),
+            batch_size=options.batch_size,
+            precision=options.precision,
+            on_error=options.on_error,
+        )
+
+    return {name: reader(embedder) for name, embedder in encoders.items()}
+
+
+def _selected_vectors(path: str, labels: str | None, select: list[str] | None) -> Embeddings:
+    if select:
+        raise ValueError("--select chooses rows of a manifest; stored vectors have no columns.")
+    return _vectors(path, labels)
+
+
+def _finetune(options: argparse.Namespace) -> Result:
+    from embedlab.data import ImageData, Views
+    from embedlab.encoders import Encoder
+    from embedlab.losses import FocalLoss
+    from embedlab.tasks import finetune
+
+    encoder = Encoder.load(options.encoder or options.scratch_like)
+    if options.scratch_like:
+        encoder = encoder.untrained(seed=options.seed)
+    if options.run.is_dir() and any(options.run.iterdir()):
+        raise ValueError(f"{options.run} is not empty; choose another folder by --run, or delete it.")
+    data = ImageData(
+        options.path,
+        select=_selection(options.select),  # type: ignore[arg-type]
+        split=options.split,
+        fractions=tuple(options.fractions),
+        labels_per_class=options.labels_per_class,
+        batch_size=options.batch_size,
+        views=Views(crop_scale=(0.5, 1.0), flip=options.flip),
+        seed=options.seed,
+        on_error=options.on_error,
+        **encoder.preprocessing,
+    )
+    loss = FocalLoss() if options.loss == "focal" else None
+    report = finetune(
+        data,
+        encoder,
+        steps=options.steps,
+        rate=options.rate,
+        backbone_rate=options.backbone_rate,
+        loss=loss,
+        freeze=options.freeze,
+        seed=options.seed,
+        run=options.run,
+        progress=not options.json,
+    )
+    low, high = report["accuracy_interval"] or (float("nan"),) * 2
+    text = (
+        f"accuracy {report['accuracy']:.3f} [{low:.3f}, {high:.3f}]  balanced {report['balanced_accuracy']:.3f}  "
+        f"on {report['test_images']} test images, {len(report['classes'])} classes, {report['seconds']:.0f} s: {options.run}"
+    )
+    return {"run": str(options.run), **report, "text": text}
+
+
+def _create(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+
+    with Gallery.create(options.gallery, options.encoder, dim=options.dim, fusion=options.fusion) as gallery:
+        return {**gallery.info(), "text": f"{options.gallery}: empty gallery for {gallery.dim} numbers per vector"}
+
+
+def _enroll(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+
+    with Gallery.open(options.gallery) as gallery:
+        found = _probes(options, gallery)
+        labels: Any = options.label or _require_labels(found.labels, options.path)
+        metadata = None if found.paths is None else [{"path": path} for path in found.paths]
+        ids = gallery.enroll(embeddings=found.vectors, labels=labels, metadata=metadata, key=options.key)
+        counts = gallery.counts()
+        return {
+            "ids": ids,
+            "enrolled": len(ids),
+            "identities": len(counts),
+            "templates": len(gallery),
+            "text": f"enrolled {len(ids)} templates; {options.gallery} holds {len(gallery)} of {len(counts)} identities",
+        }
+
+
+def _remove(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+
+    if bool(options.label) == bool(options.id):
+        raise ValueError("gallery remove takes either --label or --id.")
+    with Gallery.open(options.gallery) as gallery:
+        count = gallery.remove(labels=options.label, ids=options.id, purge=options.purge)
+        return {"removed": count, "templates": len(gallery), "text": f"removed {count} templates, {len(gallery)} remain"}
+
+
+def _rename(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+
+    with Gallery.open(options.gallery) as gallery:
+        count = gallery.rename(options.old, options.new)
+        return {"renamed": count, "text": f"{count} templates of {options.old!r} are now {options.new!r}"}
+
+
+def _merge(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+
+    with Gallery.open(options.gallery) as gallery:
+        count = gallery.merge(options.source, options.into)
+        return {"merged": count, "text": f"{count} templates of {options.source!r} now belong to {options.into!r}"}
+
+
+def _list(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+
+    with Gallery.open(options.gallery, read_only=True) as gallery:
+        counts = gallery.counts()
+    lines = [f"{count:6d}  {label}" for label, count in sorted(counts.items())]
+    return {"identities": counts, "text": "\n".join(lines) or "(empty)"}
+
+
+def _search(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+
+    with Gallery.open(options.gallery, read_only=True) as gallery:
+        probes = _probes(options, gallery)
+        found = gallery.search(embeddings=probes.vectors, k=options.k)
+    rows = []
+    for row, name in enumerate(_names(probes)):
+        near = zip(found.ids[row].tolist(), found.labels[row], found.scores[row].tolist(), strict=True)
+        rows.append({"probe": name, "neighbours": [{"id": i, "label": n, "score": s} for i, n, s in near if i >= 0]})
+    lines = [
+        f"{row['probe']}\n" + "\n".join(f"  {n['score']:.3f}  {n['label']}" for n in row["neighbours"]) for row in rows
+    ]
+    return {"results": rows, "text": "\n".join(lines)}
+
+
+def _identify(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+    from embedlab.retrieval.open_set import evaluate_gallery
+
+    with Gallery.open(options.gallery, read_only=True) as gallery:
+        probes = _probes(options, gallery)
+        answers = gallery.identify(embeddings=probes.vectors, k=options.k)
+        enrolled = set(gallery.labels())
+        labelled = probes.labels is not None and any(label in enrolled for label in probes.labels)
+        report = evaluate_gallery(gallery, probes).to_dict() if labelled and gallery.calibration else None
+    rows = [{"probe": name, **answer.to_dict()} for name, answer in zip(_names(probes), answers, strict=True)]
+    lines = [f"{row['score'] or 0:.3f}  {row['label'] or 'unknown':30s}  {row['probe']}" for row in rows]
+    if rows and not rows[0]["calibrated"]:
+        lines.append(
+            "The gallery is not calibrated, so every answer is unknown; the best guesses are "
+            + ", ".join(sorted({str(row["best"]) for row in rows})[:5])
+            + ". Run 'embedlab gallery calibrate' with images of strangers."
+        )
+    if report:
+        lines.append(_open_set_lines(report))
+    return {"results": rows, "report": report, "text": "\n".join(lines)}
+
+
+def _open_set_lines(report: Result) -> str:
+    def shown(name: str) -> str:
+        low, high = report["intervals"][name]
+        return f"{report[name]:.3f} [{low:.3f}, {high:.3f}]"
+
+    lines = [
+        f"closed-set accuracy  {shown('closed_set_accuracy')}  ({report['enrolled']} enrolled)",
+        f"detection rate       {shown('detection_rate')}  at threshold {report['threshold']:.3f}",
+    ]
+    if report["observed_fpir"] is not None:
+        lines.append(
+            f"observed FPIR        {shown('observed_fpir')}  promised {report['target_fpir']:.3f} "
+            f"({report['strangers']} strangers)"
+        )
+    return "\n".join(lines)
+
+
+def _verify(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+
+    with Gallery.open(options.gallery, read_only=True) as gallery:
+        probes = _probes(options, gallery)
+        answers = [gallery.verify(options.label, embedding=vector) for vector in probes.vectors]
+    word = {True: "accepted", False: "rejected", None: "uncalibrated"}
+    rows = [{"probe": name, **answer.to_dict()} for name, answer in zip(_names(probes), answers, strict=True)]
+    return {"results": rows, "text": "\n".join(f"{r['score']:.3f}  {word[r['accepted']]:12s}  {r['probe']}" for r in rows)}
+
+
+def _calibrate(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+
+    with Gallery.open(options.gallery) as gallery:
+        strangers = _probes(options, gallery)
+        found = gallery.calibrate(embeddings=strangers, fpir=options.fpir, fmr=options.fmr)
+    text = (
+        f"threshold {found.threshold:.4f}: with {found.confidence:.0%} confidence at most {found.fpir:.1%} of strangers are "
+        f"taken for somebody\n(bound {found.bound:.2%}, observed {found.observed:.2%} on {found.images} images of "
+        f"{found.strangers} strangers, worth {found.effective_strangers:.0f} independent ones)"
+    )
+    return {**found.to_dict(), "text": "\n".join([text, *found.notes])}
+
+
+def _check(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+
+    with Gallery.open(options.gallery, read_only=True) as gallery:
+        report = gallery.check()
+    text = "\n".join(report.problems) or f"{report.templates} templates, all whole"
+    return {**report.to_dict(), "exit": 0 if report.ok else 1, "text": text}
+
+
+def _backup(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+
+    with Gallery.open(options.gallery, read_only=True) as gallery:
+        folder = gallery.backup(options.out)
+    return {"backup": str(folder), "text": f"{folder} holds a verified copy"}
+
+
+def _compact(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+
+    with Gallery.open(options.gallery) as gallery:
+        saved = gallery.compact()
+    return {"bytes_saved": saved, "text": f"{saved} bytes given back"}
+
+
+def _info(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+
+    with Gallery.open(options.gallery, read_only=True) as gallery:
+        info = gallery.info()
+    lines = [f"{name:12s}  {value}" for name, value in info.items() if not isinstance(value, dict)]
+    return {**info, "text": "\n".join(lines)}
+
+
+def _names(embeddings: Embeddings) -> list[str]:
+    return embeddings.paths or [f"row {number}" for number in embeddings.ids.tolist()]

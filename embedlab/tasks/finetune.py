@@ -1,0 +1,124 @@
+"""Fine-tuning as one call: a saved encoder and labelled images to a classifier with its figures."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from embedlab.data import ImageData
+from embedlab.encoders import Encoder
+from embedlab.methods.trainer import SaveEncoder, quiet
+from embedlab.metrics import bootstrap_interval, classification_report
+from embedlab.tasks.classification import Classification
+
+
+def finetune(
+    data: ImageData,
+    encoder: Encoder,
+    *,
+    steps: int = 300,
+    rate: float = 1e-3,
+    backbone_rate: float = 0.3,
+    weight_decay: float = 0.05,
+    loss: nn.Module | None = None,
+    freeze: bool = False,
+    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed",
+    seed: int = 0,
+    run: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train a classifier on a copy of the encoder's backbone and test it on the data's test role.
+
+    Args:
+        data: Labelled images with roles; mean, std and size as the encoder's (see `Encoder.preprocessing`).
+        encoder: Where the backbone comes from; it stays as it is.
+        steps: Optimizer steps.
+        rate: Learning rate of the classifier, AdamW.
+        backbone_rate: The backbone's, as a share of `rate`.
+        weight_decay: Of AdamW.
+        loss: See `Classification`.
+        freeze: Train the classifier only.
+        precision: Of the network while it trains; tests run the same.
+        seed: Of the classifier's weights.
+        run: Folder for report.json, predictions.csv, encoder/ and checkpoints/; None keeps nothing.
+        progress: Show bars.
+
+    Returns:
+        The figures of the last step on the test role, with the protocol that made them.
+    """
+    quiet()
+    torch.manual_seed(seed)
+    model = Classification(
+        copy.deepcopy(encoder.backbone),
+        loss=loss,
+        freeze=freeze,
+        backbone_rate=backbone_rate,
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=rate, weight_decay=weight_decay),
+    )
+    trainer = pl.Trainer(
+        max_steps=steps,
+        precision=precision,
+        logger=False,
+        enable_checkpointing=run is not None,
+        callbacks=[] if run is None else [SaveEncoder(Path(run) / "encoder")],
+        default_root_dir=run,
+        enable_model_summary=False,
+        enable_progress_bar=progress,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    started = time.perf_counter()
+    trainer.fit(model, datamodule=data)
+    seconds = time.perf_counter() - started
+    trainer.test(model, datamodule=data, verbose=False)
+    probabilities, targets, rows = model.predictions()
+    predicted = probabilities.argmax(axis=1)
+    right = (predicted == targets).astype(float)
+    report: dict[str, Any] = {
+        **classification_report(predicted, targets),
+        "accuracy_interval": bootstrap_interval(right, np.arange(len(right))) if len(right) > 1 else None,
+        "test_images": len(targets),
+        "train_images": len(data.dataset("train")),
+        "classes": data.class_names,
+        "steps": steps,
+        "seed": seed,
+        "split_seed": data.seed,
+        "freeze": freeze,
+        "loss": type(model.loss).__name__,
+        "precision": precision,
+        "encoder": encoder.fingerprint,
+        "seconds": round(seconds, 2),
+        "epoch": "last",
+    }
+    if run is not None and trainer.is_global_zero:
+        _write(Path(run), report, data, probabilities, predicted, targets, rows)
+    return report
+
+
+def _write(
+    run: Path,
+    report: dict[str, Any],
+    data: ImageData,
+    probabilities: np.ndarray,
+    predicted: np.ndarray,
+    targets: np.ndarray,
+    rows: np.ndarray,
+) -> None:
+    (run / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    assert data.source is not None
+    with (run / "predictions.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "predicted", "probability"])
+        for number, row in enumerate(rows):
+            label, guess = data.class_names[targets[number]], data.class_names[predicted[number]]
+            writer.writerow([data.source.names[row], label, guess, f"{probabilities[number].max():.4f}"])

@@ -1,0 +1,262 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from embedlab.data import Source
+from embedlab.encoders import Encoder, EncoderError, LinearHead, MLPHead, Pixels, ResNet, TimmBackbone, connect
+from embedlab.encoders.backbones import PretrainedUnavailableError
+
+
+def small(**arguments) -> Encoder:
+    torch.manual_seed(0)
+    backbone = ResNet("resnet10", stem="small", width=0.125, in_channels=arguments.pop("in_channels", 3))
+    return Encoder(backbone, MLPHead(6), image_size=16, **arguments).eval()
+
+
+def pictures(count: int = 5, side: int = 16, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, channels, side, side), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "parameters"),
+    [
+        ("resnet18", 512, 11_176_512),
+        ("resnet34", 512, 21_284_672),
+        ("resnet50", 2048, 23_508_032),
+        ("resnet101", 2048, 42_500_160),
+        ("resnet152", 2048, 58_143_808),
+    ],
+)
+def test_resnets_are_torchvisions(name, features, parameters) -> None:
+    import torchvision
+
+    with torch.device("meta"):
+        ours, theirs = ResNet(name), torchvision.models.get_model(name)
+    assert ours.out_features == features
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    shapes = {key: value.shape for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
+    assert {key.removeprefix("net."): value.shape for key, value in ours.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("stem", ["small", "imagenet"])
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize(("width", "features"), [(0.125, 64), (0.5, 256)])
+@pytest.mark.parametrize("in_channels", [1, 5])
+def test_resnet_variants(stem, norm, width, features, in_channels) -> None:
+    net = ResNet("resnet10", stem=stem, norm=norm, width=width, in_channels=in_channels)
+    assert net(torch.zeros(2, in_channels, 32, 32)).shape == (2, features)
+    kinds = {type(module) for module in net.modules()}
+    assert (nn.BatchNorm2d in kinds) == (norm == "batch")
+    conv = net.net.layer2[0].conv1.weight  # fan-out initialisation, as torchvision's
+    assert conv.std().item() == pytest.approx(math.sqrt(2 / (conv.shape[0] * 9)), rel=0.2)
+
+
+def test_pretrained_weights_that_cannot_be_had_are_a_quick_clear_error(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+
+    def refuse(*arguments, **keywords):
+        raise OSError("no network")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    with pytest.raises(PretrainedUnavailableError, match=r"resnet18-.*pth.* cannot be reached \(no network\).*Leave out"):
+        ResNet("resnet18", pretrained=True)
+    with pytest.raises(ValueError, match="ImageNet weights exist for the unchanged resnet18"):
+        ResNet("resnet18", stem="small", pretrained=True)
+
+
+def test_pretrained_weights_from_the_cache_are_adapted_to_grey(monkeypatch) -> None:
+    import torchvision
+
+    torch.manual_seed(0)
+    state = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr("embedlab.encoders.backbones._require_reachable", lambda *_: None)
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda *_, **__: dict(state))
+    grey, colour = ResNet(in_channels=1, pretrained=True).eval(), ResNet(pretrained=True).eval()
+    image = torch.rand(1, 1, 64, 64)
+    torch.testing.assert_close(grey(image), colour(image.expand(1, 3, 64, 64)), rtol=1e-4, atol=1e-4)
+
+
+def test_any_timm_model_is_a_backbone(tmp_path) -> None:
+    pytest.importorskip("timm")
+    backbone = TimmBackbone("test_resnet", in_channels=1)
+    encoder = Encoder(backbone, image_size=32).eval()
+    encoder.save(tmp_path / "encoder")
+    images = torch.rand(2, 1, 32, 32)
+    torch.testing.assert_close(Encoder.load(tmp_path / "encoder")(images), encoder(images))
+    with pytest.raises(ValueError, match="timm has no model 'resnet_999'; near names"):
+        TimmBackbone("resnet_999")
+
+
+def test_heads_take_the_backbones_size() -> None:
+    backbone = ResNet("resnet10", stem="small", width=0.125)
+    head = MLPHead(7, hidden_features=9, hidden_layers=2, dropout=0.1)
+    assert connect(backbone, head) == 7
+    kinds = [type(module).__name__ for module in head.net]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Dropout", "Linear", "BatchNorm1d", "ReLU", "Dropout", "Linear"]
+    assert connect(backbone, LinearHead(3)) == 3
+    assert connect(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 11)), None) == 11
+    with pytest.raises(ValueError, match="The head takes 5 features but ResNet gives 64; leave out in_features"):
+        connect(backbone, LinearHead(3, in_features=5))
+    with pytest.raises(ValueError, match=r"must map images \(B, C, H, W\) to features \(B, F\); Conv2d gave \(1, 4, 64, 64\)"):
+        connect(nn.Conv2d(3, 4, 3, padding=1), None)
+
+
+def test_encoder_gives_unit_vectors_and_normalises_inside() -> None:
+    encoder, images = small(), pictures()
+    vectors = encoder(torch.from_numpy(images))
+    assert vectors.shape == (5, 6)
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(encoder(torch.from_numpy(images) / 255), vectors)
+    normalised = (torch.from_numpy(images) / 255 - encoder.mean) / encoder.std
+    torch.testing.assert_close(nn.functional.normalize(encoder.head(encoder.backbone(normalised))), vectors)
+
+
+def test_embed_takes_files_sources_and_arrays_alike(tmp_path) -> None:
+    encoder, images = small(), pictures(side=16)
+    paths = []
+    for number, image in enumerate(images):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(image.transpose(1, 2, 0)).save(paths[-1])
+    of_files = encoder.embed([*paths, paths[0]])
+    of_arrays = encoder.embed(images)
+    of_source = encoder.embed(Source.from_arrays(images.transpose(0, 2, 3, 1), list("aabbc")), batch_size=2)
+    np.testing.assert_allclose(of_files.vectors[:5], of_arrays.vectors, atol=1e-6)
+    np.testing.assert_allclose(of_source.vectors, of_arrays.vectors, atol=1e-6)
+    assert of_files.paths == [str(path) for path in [*paths, paths[0]]]
+    assert of_files.labels is None
+    assert of_source.labels == list("aabbc")
+    assert encoder.embed(images[:0]).vectors.shape == (0, 6)
+    coarse = encoder.embed(images, precision="bfloat16").vectors
+    assert (coarse * of_arrays.vectors).sum(1).min() > 0.99
+
+
+def test_embed_skips_bad_files_when_asked(tmp_path) -> None:
+    encoder = small()
+    paths = [tmp_path / f"{number:03d}.png" for number in range(120)]
+    for path in paths:
+        Image.new("RGB", (16, 16), (int(path.stem), 0, 0)).save(path)
+    paths[7].write_bytes(b"no image")
+    with pytest.raises(ValueError, match="007.png"):
+        encoder.embed(paths)
+    found = encoder.embed(paths, on_error="skip")
+    assert found.ids.tolist() == [row for row in range(120) if row != 7]
+    for path in paths[10:20]:
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="11 of 120 images cannot be read"):
+        encoder.embed(paths, on_error="skip")
+
+
+def test_embed_explains_arrays_that_do_not_fit() -> None:
+    encoder = small()
+    with pytest.raises(ValueError, match=r"takes images \(N, 3, H, W\), got \(5, 16, 16, 3\); channels come second"):
+        encoder.embed(pictures().transpose(0, 2, 3, 1))
+    with pytest.raises(ValueError, match=r"Float images must lie in \[0, 1\], got \[0, 25\d\]; divide by 255"):
+        encoder.embed(pictures().astype(np.float32))
+
+
+@pytest.mark.parametrize(("fit", "corner"), [("crop", 0), ("stretch", 0), ("pad", 255)])
+def test_arrays_of_another_shape_are_fitted(fit, corner) -> None:
+    encoder = small(fit=fit)
+    images = np.zeros((1, 3, 20, 40), np.uint8)
+    images[..., 15:25] = 100
+    out = encoder.preprocess(images)
+    assert out.shape == (1, 3, 16, 16)
+    assert out.dtype == torch.uint8
+    assert out[0, 0, 0, 0] == corner
+
+
+def test_save_and_load_give_the_same_vectors_and_fingerprint(tmp_path) -> None:
+    encoder, images = small(mean=[0.1, 0.2, 0.3], std=[0.5, 0.5, 0.7], fit="pad"), torch.from_numpy(pictures())
+    encoder.save(tmp_path / "a" / "encoder")
+    again = Encoder.load(tmp_path / "a" / "encoder")
+    assert torch.equal(again(images), encoder(images))
+    assert again.fingerprint == encoder.fingerprint
+    assert again.preprocessing == encoder.preprocessing
+    with torch.no_grad():
+        again.backbone.net.conv1.weight[0, 0, 0, 0] += 1e-6
+    assert again.fingerprint != encoder.fingerprint
+    again.save(tmp_path / "a" / "encoder")  # replaces in one step
+    assert Encoder.load(tmp_path / "a" / "encoder").fingerprint == again.fingerprint
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["encoder"]
+
+
+def test_channels_last_weights_are_saved(tmp_path) -> None:
+    encoder = small()
+    before = encoder.fingerprint
+    encoder.to(memory_format=torch.channels_last).save(tmp_path / "encoder")
+    assert Encoder.load(tmp_path / "encoder").fingerprint == before
+
+
+def test_every_flipped_byte_is_found(tmp_path) -> None:
+    folder = tmp_path / "encoder"
+    Encoder(Pixels(4), LinearHead(2), image_size=4).save(folder)
+    for name in ("encoder.json", "encoder.safetensors"):
+        whole = (folder / name).read_bytes()
+        for position in range(len(whole)):
+            for flip in (0x01, 0x20):
+                broken = bytearray(whole)
+                broken[position] ^= flip
+                (folder / name).write_bytes(broken)
+                with pytest.raises(EncoderError, match="is damaged|holds no saved"):
+                    Encoder.load(folder)
+        (folder / name).write_bytes(whole[:-1])
+        with pytest.raises(EncoderError, match="is damaged"):
+            Encoder.load(folder)
+        (folder / name).write_bytes(whole)
+    Encoder.load(folder)
+
+
+def test_format_version_and_missing_files_are_explained(tmp_path, monkeypatch) -> None:
+    with pytest.raises(EncoderError, match="holds no saved encoder .*expected encoder.json"):
+        Encoder.load(tmp_path)
+    monkeypatch.setattr("embedlab.encoders.encoder.FORMAT_VERSION", 99)
+    Encoder(Pixels(4)).save(tmp_path / "encoder")
+    monkeypatch.undo()
+    with pytest.raises(EncoderError, match="version 99, this embedlab reads embedlab-encoder version 1; update"):
+        Encoder.load(tmp_path / "encoder")
+
+
+class OwnBackbone(nn.Module):
+    out_features = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=(2, 3)) * self.scale
+
+
+def test_an_own_class_is_loaded_by_its_instance_only(tmp_path) -> None:
+    encoder = Encoder(OwnBackbone(), image_size=8)
+    with torch.no_grad():
+        encoder.backbone.scale.fill_(2.0)
+    encoder.save(tmp_path / "encoder")
+    with pytest.raises(EncoderError, match=r"OwnBackbone.*runs no foreign code.*Encoder.load\(folder, backbone=YourClass"):
+        Encoder.load(tmp_path / "encoder")
+    again = Encoder.load(tmp_path / "encoder", backbone=OwnBackbone())
+    assert again.backbone.scale.item() == 2.0
+    assert again.fingerprint == encoder.fingerprint
+    with pytest.raises(EncoderError, match="do not fit the given backbone"):
+        Encoder.load(tmp_path / "encoder", backbone=Pixels(8))
+
+
+def test_untrained_is_the_same_architecture_with_other_weights() -> None:
+    encoder = small()
+    fresh, again = encoder.untrained(seed=1), encoder.untrained(seed=1)
+    assert fresh.architecture == encoder.architecture
+    assert fresh.fingerprint == again.fingerprint != encoder.fingerprint
+
+
+def test_description_is_plain_json(tmp_path) -> None:
+    small().save(tmp_path / "encoder")
+    description = json.loads((tmp_path / "encoder" / "encoder.json").read_text())
+    assert description["architecture"]["backbone"]["name"] == "resnet10"
+    assert description["preprocessing"]["image_size"] == 16

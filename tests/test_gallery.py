@@ -1,0 +1,739 @@
+"""The gallery: what it answers, what it keeps, and what it refuses."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numpy as np
+import pytest
+
+from embedlab import Embeddings, Gallery
+from embedlab.retrieval import CalibrationError, CallableEmbedder, GalleryDamaged, GalleryError, GalleryLocked
+
+
+def unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def people(identities=20, templates=3, dim=16, noise=0.15, seed=0):
+    """Vectors around one random direction per identity, with their labels."""
+    generator = np.random.default_rng(seed)
+    centres = unit(generator.standard_normal((identities, dim)))
+    labels = [f"person {i}" for i in range(identities) for _ in range(templates)]
+    return np.repeat(centres, templates, axis=0) + noise * generator.standard_normal((len(labels), dim)), labels
+
+
+def strangers(identities=100, images=4, dim=16, seed=99):
+    vectors, labels = people(identities, images, dim, seed=seed)
+    return vectors, [label.replace("person", "stranger") for label in labels]
+
+
+@pytest.fixture
+def gallery(tmp_path):
+    with Gallery.create(tmp_path / "gallery", dim=16) as made:
+        vectors, labels = people()
+        made.enroll(embeddings=vectors, labels=labels)
+        yield made
+
+
+def pixels(images):
+    """An embedder that needs no network: coarse pixels."""
+    images = np.asarray(images, np.float32)
+    return (
+        images.reshape(len(images), images.shape[1], 2, images.shape[2] // 2, -1)
+        .mean(axis=(3, 4))
+        .reshape(len(images), -1)
+    )
+
+
+# ---- answers -------------------------------------------------------------------------------------------------------
+
+
+def test_search_equals_a_float64_sort(gallery):
+    queries = np.random.default_rng(1).standard_normal((30, 16)) * 7
+    stored = gallery.embeddings()
+    cosines = unit(queries) @ unit(stored.vectors.astype(np.float64)).T
+    got = gallery.search(embeddings=queries, k=5)
+    order = np.argsort(-cosines, axis=1)[:, :5]
+    np.testing.assert_array_equal(got.ids, stored.ids[order])
+    np.testing.assert_allclose(got.scores, np.take_along_axis(cosines, order, 1), atol=1e-6)
+    assert got.labels == [[stored.labels[i] for i in row] for row in order]
+
+
+def test_more_neighbours_than_templates_are_padded(tmp_path):
+    with Gallery.create(tmp_path / "g", dim=2) as gallery:
+        assert gallery.search(embeddings=[[1, 0]], k=2).labels == [[None, None]]
+        empty = gallery.identify(embeddings=[[1, 0]])[0]
+        assert (empty.label, empty.best, empty.threshold, empty.calibrated) == (None, None, None, False)
+        assert empty.to_dict()["score"] is None
+        gallery.enroll(embeddings=[[1, 0]], labels=["a"])
+        near = gallery.search(embeddings=[[1, 1]], k=3)
+        assert near.ids.tolist() == [[1, -1, -1]]
+        assert near.labels == [["a", None, None]]
+        np.testing.assert_allclose(near.scores, [[2**-0.5, np.nan, np.nan]], rtol=1e-6)
+        assert len(gallery.search(embeddings=np.zeros((0, 2)), k=3)) == 0
+
+
+def test_where_looks_at_metadata(tmp_path):
+    with Gallery.create(tmp_path / "g", dim=2) as gallery:
+        notes = [{"site": "north", "year": 2020}, {"site": "south"}, None]
+        gallery.enroll(embeddings=[[1, 0], [1, 0.1], [1, 0.2]], labels=["a", "b", "c"], metadata=notes)
+        assert gallery.search(embeddings=[[1, 0]], k=3, where={"site": "south"}).labels == [["b", None, None]]
+        assert gallery.search(embeddings=[[1, 0]], k=1, where={"site": "north", "year": 2020}).labels == [["a"]]
+        assert gallery.search(embeddings=[[1, 0]], k=1, where={"site": "west"}).labels == [[None]]
+
+
+def slow_fusion(stored, query, fusion, vote_k):
+    """Score of every identity, in loops."""
+    cosines = {}
+    ranked = sorted(
+        ((float(v @ query), label) for v, label in zip(stored.vectors, stored.labels, strict=True)), reverse=True
+    )
+    for score, label in ranked[:vote_k] if fusion == "vote" else ranked:
+        cosines.setdefault(label, []).append(score)
+    rule = {"max": max, "mean": lambda s: sum(s) / len(s), "vote": lambda s: sum(max(x, 0) for x in s) / vote_k}[fusion]
+    return {label: rule(scores) for label, scores in cosines.items()}
+
+
+@pytest.mark.parametrize("fusion", ["max", "mean", "vote"])
+def test_identify_verify_and_calibrate_equal_slow_fusion(tmp_path, fusion):
+    with Gallery.create(tmp_path / "g", dim=16, fusion=fusion, vote_k=7) as gallery:
+        vectors, labels = people(noise=0.5)
+        gallery.enroll(embeddings=vectors[:-1], labels=labels[:-1])  # one identity has fewer templates
+        others, names = strangers()
+        probes, claims = people(noise=0.5, seed=0)
+        found = gallery.calibrate(
+            embeddings=np.concatenate([others, probes]), labels=names + claims, fpir=0.05, fmr=0.02
+        )
+        stored = gallery.embeddings()
+        tables = [slow_fusion(stored, query, fusion, 7) for query in unit(others)]
+        for table, answer in zip(tables, gallery.identify(embeddings=others), strict=True):
+            best = max(table, key=table.get)
+            assert answer.score == pytest.approx(table[best], abs=1e-5)
+            assert answer.best == best
+            assert answer.label == (best if answer.score >= found.threshold else None)
+        assert gallery.verify("person 3", embedding=others[0]).score == pytest.approx(
+            tables[0].get("person 3", 0.0), abs=1e-5
+        )
+        false_alarms = np.array([max(table.values()) >= found.threshold for table in tables])
+        assert false_alarms.mean() == pytest.approx(found.observed)
+        matches = sum(score >= found.verification_threshold for table in tables for score in table.values())
+        assert matches / (len(tables) * 20) == pytest.approx(found.fmr_observed)
+        assert found.observed <= found.bound <= 0.05
+        assert found.fmr_observed <= found.fmr_bound <= 0.02
+        right = [a.label == c for a, c in zip(gallery.identify(embeddings=probes), claims, strict=True)]
+        assert found.detection_rate == pytest.approx(np.mean(right))
+        accepted = [gallery.verify(c, embedding=p).accepted for p, c in zip(probes, claims, strict=True)]
+        assert found.true_accept_rate == pytest.approx(np.mean(accepted))
+
+
+def test_strangers_to_come_stay_unknown_as_promised(gallery):
+    promise = gallery.calibrate(embeddings=strangers()[0], labels=strangers()[1], fpir=0.05)
+    answers = gallery.identify(embeddings=strangers(500, 2, seed=7)[0])
+    assert np.mean([answer.label is not None for answer in answers]) <= promise.fpir
+    known = gallery.identify(embeddings=people(seed=0, noise=0.1)[0])
+    assert np.mean([a.label == label for a, label in zip(known, people()[1], strict=True)]) > 0.9
+
+
+def test_before_calibration_nothing_is_decided_but_the_best_guess_is_there(gallery):
+    answer = gallery.identify(embeddings=people()[0][:1], k=2)[0]
+    assert (answer.label, answer.threshold, answer.calibrated) == (None, None, False)
+    assert answer.neighbours.labels[0][0] == "person 0"
+    assert gallery.verify("person 0", embedding=people()[0][0]).accepted is None
+    assert json.loads(json.dumps(answer.to_dict()))["neighbours"][0]["label"] == "person 0"
+
+
+def test_calibration_survives_reopening_and_growth_shows(gallery):
+    found = gallery.calibrate(embeddings=strangers()[0], labels=strangers()[1], fpir=0.05)
+    gallery.enroll(embeddings=strangers(10, 1, seed=5)[0], labels=[f"new {i}" for i in range(10)])
+    gallery.close()
+    with Gallery.open(gallery.folder) as again:
+        assert again.calibration == found
+        assert (again.calibration.gallery_identities, again.info()["growth"]) == (20, 1.5)
+        again.configure(fusion="max")  # no change
+        assert again.calibration == found
+        again.configure(fusion="mean")
+        assert again.calibration is None
+        assert again.info()["settings"] == {"fusion": "mean", "vote_k": 10}
+
+
+def test_removing_an_identity_makes_it_unknown_and_enrolling_brings_it_back(gallery):
+    gallery.calibrate(embeddings=strangers()[0], labels=strangers()[1], fpir=0.05)
+    vectors = people()[0]
+    assert gallery.remove("person 4") == 3
+    assert all(answer.label is None for answer in gallery.identify(embeddings=vectors[12:15]))
+    gallery.enroll(embeddings=vectors[12:15], labels="person 4")
+    assert all(answer.label == "person 4" for answer in gallery.identify(embeddings=vectors[12:15]))
+
+
+# ---- changes -------------------------------------------------------------------------------------------------------
+
+
+def test_rename_merge_counts(gallery):
+    assert gallery.rename("person 1", "Ada") == 3
+    assert gallery.merge("person 2", "Ada") == 3
+    assert gallery.counts()["Ada"] == 6
+    assert "person 1" not in gallery
+    assert len(gallery.labels()) == 19
+    with pytest.raises(ValueError, match=r"'Ada' is enrolled already; merge"):
+        gallery.rename("person 3", "Ada")
+    with pytest.raises(ValueError, match="1 of 1 labels are not in the gallery: 'nobody'"):
+        gallery.merge("Ada", "nobody")
+    with pytest.raises(ValueError, match="into itself"):
+        gallery.merge("Ada", "Ada")
+    assert gallery.check().ok
+
+
+def test_a_key_enrolls_once(gallery):
+    vectors, labels = strangers(2, 2)
+    first = gallery.enroll(embeddings=vectors, labels=labels, key="request 7")
+    assert gallery.enroll(embeddings=vectors, labels=labels, key="request 7").tolist() == first.tolist()
+    assert len(gallery) == 64
+    gallery.close()
+    with Gallery.open(gallery.folder) as again:
+        assert again.enroll(embeddings=vectors, labels=labels, key="request 7").tolist() == first.tolist()
+        with pytest.raises(ValueError, match="Another request was made under the key 'request 7'"):
+            again.enroll(embeddings=vectors[:1], labels=labels[:1], key="request 7")
+        assert len(again) == 64
+
+
+def test_ids_are_never_given_out_twice(gallery):
+    last = gallery.enroll(embeddings=people()[0][:1], labels="x")[0]
+    gallery.remove(ids=[last])
+    gallery.close()
+    with Gallery.open(gallery.folder) as again:
+        assert again.enroll(embeddings=people()[0][:1], labels="x")[0] == last + 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_changes_with_reopening_equal_a_dictionary(tmp_path, seed):  # noqa: C901
+    dice = random.Random(seed)
+    generator = np.random.default_rng(seed)
+    gallery = Gallery.create(tmp_path / "g", dim=4)
+    reader = Gallery.open(tmp_path / "g", read_only=True)
+    oracle: dict[int, tuple[str, np.ndarray]] = {}
+    names = [f"n{i}" for i in range(6)]
+    for _ in range(60):
+        labels = sorted({label for label, _ in oracle.values()})
+        action = dice.choice(["enroll"] * 4 + ["labels", "ids", "rename", "merge", "compact", "reopen", "bad"])
+        if action == "enroll":
+            vectors = generator.standard_normal((dice.randint(1, 4), 4))
+            new = [dice.choice(names) for _ in vectors]
+            ids = gallery.enroll(embeddings=vectors, labels=new)
+            assert not set(ids.tolist()) & oracle.keys()
+            oracle.update({int(i): (n, v) for i, n, v in zip(ids, new, unit(vectors), strict=True)})
+        elif action == "labels" and labels:
+            gone = dice.sample(labels, dice.randint(1, len(labels)))
+            assert gallery.remove(gone, purge=dice.random() < 0.3) == sum(n in gone for n, _ in oracle.values())
+            oracle = {i: (n, v) for i, (n, v) in oracle.items() if n not in gone}
+        elif action == "ids" and oracle:
+            gone = dice.sample(sorted(oracle), dice.randint(1, len(oracle)))
+            assert gallery.remove(ids=gone) == len(gone)
+            oracle = {i: row for i, row in oracle.items() if i not in gone}
+        elif action in ("rename", "merge") and labels:
+            old, new = dice.choice(labels), dice.choice(names)
+            if old != new and (new in labels) == (action == "merge"):
+                getattr(gallery, action)(old, new)
+                oracle = {i: (new if n == old else n, v) for i, (n, v) in oracle.items()}
+        elif action == "compact":
+            gallery.compact()
+        elif action == "reopen":
+            gallery.close()
+            gallery = Gallery.open(tmp_path / "g")
+        else:
+            with pytest.raises(ValueError, match="not in the gallery"):
+                gallery.remove([*labels, "nobody"])
+        for side in (gallery, reader):
+            stored = side.embeddings()
+            assert dict(zip(stored.ids.tolist(), stored.labels, strict=True)) == {i: n for i, (n, _) in oracle.items()}
+            for key, vector in zip(stored.ids.tolist(), stored.vectors, strict=True):
+                np.testing.assert_allclose(vector, oracle[key][1], atol=1e-6)
+            if oracle:
+                key = dice.choice(sorted(oracle))
+                assert side.search(embeddings=[oracle[key][1]], k=1).ids[0, 0] == key
+    assert gallery.check().problems == reader.check().problems == ()
+    reader.close()
+    gallery.close()
+
+
+def test_an_older_snapshot_is_not_touched_by_later_changes(gallery):
+    before = gallery._now()
+    vectors, labels = before.vectors.copy(), before.labels.tolist()
+    for i in range(5):
+        gallery.enroll(embeddings=strangers(3, 1, seed=i)[0], labels="more")
+    gallery.rename("more", "most")
+    gallery.remove("most")
+    gallery.enroll(embeddings=strangers(3, 1)[0], labels="again")
+    np.testing.assert_array_equal(before.vectors, vectors)
+    assert before.labels.tolist() == labels
+
+
+def test_searching_threads_see_whole_generations(gallery):
+    """Every enrollment adds a pair; no reader may ever see half of it."""
+    done, odd = threading.Event(), []
+
+    def look():
+        with Gallery.open(gallery.folder, read_only=True) as reader:
+            while not done.is_set():
+                odd.extend(len(side) for side in (gallery, reader) if len(side) % 2)
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(40):
+        gallery.enroll(embeddings=people()[0][:2], labels="pair")
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert odd == []
+
+
+# ---- images --------------------------------------------------------------------------------------------------------
+
+
+def test_a_function_is_an_embedder(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (6, 3, 8, 8), dtype=np.uint8)
+    with Gallery.create(tmp_path / "g", pixels) as gallery:
+        assert gallery.dim is None
+        assert gallery.search(images=images, k=1).ids.tolist() == [[-1]] * 6
+        gallery.enroll(images, labels=list("abcdef"))
+        assert gallery.dim == 6
+        assert gallery.search(images[2:3], k=1).labels == [["c"]]
+        assert gallery.verify("c", image=images[2]).score == pytest.approx(1)
+        np.testing.assert_array_equal(gallery.embed(images).vectors, pixels(images))
+        with pytest.raises(ValueError, match=r"takes no options, got \['on_error'\]"):
+            gallery.embed(images, on_error="skip")
+        with pytest.raises(ValueError, match="vectors of 6 numbers, got 5"):
+            gallery.enroll(embeddings=np.ones((1, 5)), labels=["x"])
+    with Gallery.open(tmp_path / "g") as gallery:
+        with pytest.raises(ValueError, match="made with the function callable:pixels, which cannot be stored"):
+            gallery.search(images)
+        assert gallery.search(embeddings=np.eye(6)[:1], k=1).ids[0, 0] > 0
+    with Gallery.open(tmp_path / "g", pixels) as gallery:
+        assert gallery.search(images[4:5], k=1).labels == [["e"]]
+
+
+def test_image_files_go_through_the_decoder(tmp_path):
+    from PIL import Image
+
+    table = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), dtype=np.uint8)
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, image in zip(paths, table, strict=True):
+        Image.fromarray(image).save(path)
+    with Gallery.create(tmp_path / "g", CallableEmbedder(pixels, image_size=8)) as gallery:
+        gallery.enroll(paths, labels=list("abc"))
+        near = gallery.search(table.transpose(0, 3, 1, 2), k=1)
+        assert near.labels == [["a"], ["b"], ["c"]]
+        np.testing.assert_allclose(near.scores, 1, atol=1e-6)
+        assert gallery.identify(paths[1])[0].neighbours.labels[0][0] == "b"
+        assert gallery.verify("b", image=paths[1]).score == pytest.approx(1)
+    Image.fromarray(table[0][:4]).save(paths[0])
+    with pytest.raises(ValueError, match=r"2 different sizes \(4 x 8, 8 x 8 pixels.* image_size"):
+        CallableEmbedder(pixels).embed(paths)
+
+
+def test_a_saved_encoder_travels_with_its_gallery(tmp_path):
+    torch = pytest.importorskip("torch")
+    encoders = pytest.importorskip("embedlab.encoders")
+    torch.manual_seed(0)
+    encoder = encoders.Encoder(encoders.ResNet("resnet10", stem="small", width=0.25), image_size=16).eval()
+    images = np.random.default_rng(0).integers(0, 255, (4, 3, 16, 16), dtype=np.uint8)
+    encoder.save(tmp_path / "encoder")
+    with Gallery.create(tmp_path / "g", tmp_path / "encoder") as gallery:
+        gallery.enroll(images, labels=list("abcd"))
+    shutil.rmtree(tmp_path / "encoder")
+    with Gallery.open(tmp_path / "g") as gallery:
+        assert gallery.search(images[3:], k=1).labels == [["d"]]
+        assert gallery.fingerprint == encoder.fingerprint
+        gallery.backup(tmp_path / "copy")
+    with Gallery.open(tmp_path / "copy") as gallery:
+        assert gallery.search(images[2:3], k=1).labels == [["c"]]
+    other = encoders.Encoder(encoders.ResNet("resnet10", stem="small", width=0.25), image_size=16).eval()
+    with pytest.raises(ValueError, match=r"was made with the embedder .* other weights or preprocessing"):
+        Gallery.open(tmp_path / "g", other)
+    Gallery.open(tmp_path / "g", encoder).close()  # the refused opening has let the lock go
+
+
+def test_another_function_is_refused(tmp_path):
+    Gallery.create(tmp_path / "g", CallableEmbedder(pixels, fingerprint="v1"), dim=6).close()
+    with pytest.raises(ValueError, match="was made with the embedder v1, got v2"):
+        Gallery.open(tmp_path / "g", CallableEmbedder(pixels, fingerprint="v2"))
+    Gallery.create(tmp_path / "h", dim=6).close()
+    with pytest.raises(ValueError, match="holds ready-made vectors and knows no embedder"):
+        Gallery.open(tmp_path / "h", pixels)
+
+
+def test_opening_and_searching_imports_no_torch(gallery):
+    gallery.close()
+    code = f"""
+        import sys
+        from embedlab import Gallery
+        with Gallery.open({str(gallery.folder)!r}) as gallery:
+            assert "faiss" not in sys.modules
+            gallery.identify(embeddings=[[1.0] * 16])
+            gallery.enroll(embeddings=[[1.0] * 16], labels=["x"])
+        print([name for name in ("torch", "lightning", "pytorch_lightning", "matplotlib") if name in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+ONES = np.ones((2, 16))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"embeddings": np.full((2, 16), np.nan), "labels": ["a", "b"]}, "2 of 2 embeddings are zero or not finite"),
+        ({"embeddings": np.array([[1.0] * 16, [np.inf] * 16]), "labels": ["a", "b"]}, "row 1 is not finite"),
+        ({"embeddings": np.array([[1.0] * 16, [0.0] * 16]), "labels": ["a", "b"]}, "row 1 is zero"),
+        ({"embeddings": np.ones((2, 5)), "labels": ["a", "b"]}, "vectors of 16 numbers, got 5: made by another"),
+        ({"embeddings": np.ones(16), "labels": ["a"] * 16}, r"must be \(N, D\) real numbers, got shape \(16,\)"),
+        ({"embeddings": ONES.astype(str), "labels": ["a", "b"]}, "real numbers"),
+        ({"embeddings": ONES, "labels": ["a"]}, "1 labels came for 2 images"),
+        ({"embeddings": ONES}, "enroll needs labels"),
+        ({"embeddings": ONES, "labels": ["a", ""]}, "Labels are non-empty strings; row 1 is ''"),
+        ({"embeddings": ONES, "labels": ["a", "  "]}, "row 1 is '  '"),
+        ({"embeddings": ONES, "labels": ["a", 7]}, r"row 1 is 7. Name numbers as str\(7\)"),
+        ({"embeddings": ONES, "labels": ["a", None]}, "row 1 is None"),
+        ({"embeddings": ONES, "labels": ["a", "b\x00"]}, "characters that cannot be shown"),
+        ({"embeddings": ONES, "labels": ["a", "\ud800"]}, "characters that cannot be shown"),
+        ({"embeddings": ONES, "labels": ["a", "b" * 10_000_000]}, "has 10000000 characters, at most 1000"),
+        ({"embeddings": ONES, "labels": ["a", "b"], "metadata": [{}]}, "1 metadata came for 2 images"),
+        ({"embeddings": ONES, "labels": ["a", "b"], "metadata": [{}, {"x": np.nan}]}, "row 1 is not JSON"),
+        ({"embeddings": ONES, "labels": ["a", "b"], "metadata": [{}, {1: 2}]}, "dict with string keys"),
+        ({"embeddings": ONES, "labels": ["a", "b"], "metadata": {"x": "y" * 99_999}}, "at most 65536 are taken"),
+        ({"embeddings": ONES, "labels": ["a", "b"], "key": ""}, "key is a non-empty string"),
+        ({"embeddings": np.zeros((0, 16)), "labels": []}, "Nothing to enroll"),
+        ({"images": np.zeros((1, 3, 8, 8), np.uint8), "labels": ["a"]}, r"ready-made vectors \(dim=16\)"),
+        ({"images": ["x.png"], "embeddings": ONES, "labels": ["a"]}, "Pass either images= or embeddings="),
+        ({"labels": ["a"]}, "Pass either images= or embeddings="),
+        ({"images": 7, "labels": ["a"]}, "images must be paths or one array"),
+    ],
+)
+def test_bad_enrollments_say_why_and_write_nothing(gallery, arguments, text):
+    before = gallery.generation
+    with pytest.raises(ValueError, match=text):
+        gallery.enroll(**arguments)
+    assert (gallery.generation, len(gallery), gallery.check().ok) == (before, 60, True)
+
+
+def test_bad_questions_say_why(gallery):
+    with pytest.raises(ValueError, match="1 of 2 labels are not in the gallery: 'x'"):
+        gallery.remove(["person 1", "x"])
+    with pytest.raises(ValueError, match="1 of 1 ids are not in the gallery: 77"):
+        gallery.remove(ids=np.array([77]))
+    with pytest.raises(ValueError, match="either labels or ids"):
+        gallery.remove()
+    with pytest.raises(ValueError, match="k is a whole number of at least 1, got 0"):
+        gallery.search(embeddings=ONES, k=0)
+    with pytest.raises(ValueError, match="not in the gallery: 'x'"):
+        gallery.verify("x", embedding=ONES[0])
+    with pytest.raises(ValueError, match="3 labels do not fit 2 images"):
+        gallery.calibrate(embeddings=ONES, labels=["a", "b", "c"])
+    with pytest.raises(CalibrationError, match=r"needs 299 independent strangers; these 2 images .* worth 2\.0"):
+        gallery.calibrate(embeddings=np.eye(16)[:2])
+    with pytest.raises(CalibrationError, match="nobody that is not enrolled"):
+        gallery.calibrate(embeddings=ONES, labels=["person 1", "person 1"])
+    with pytest.raises(ValueError, match="fusion is one of max, mean, vote; got 'median'"):
+        gallery.configure(fusion="median")
+    assert len(gallery) == 60
+
+
+def test_bad_folders_say_why(tmp_path, gallery):
+    with pytest.raises(ValueError, match=r"is already a gallery; choose a new folder, or use Gallery\.open"):
+        Gallery.create(gallery.folder, dim=3)
+    with pytest.raises(GalleryError, match=r"is no gallery: .*Gallery\.create makes one"):
+        Gallery.open(tmp_path)
+    with pytest.raises(GalleryError, match="is no gallery"):
+        Gallery.open(tmp_path / "nothing", read_only=True)
+    assert not (tmp_path / "nothing").exists()
+    with pytest.raises(ValueError, match="needs an embedder, or dim="):
+        Gallery.create(tmp_path / "new")
+    with pytest.raises(ValueError, match=r"is no saved encoder: it holds no encoder\.json"):
+        Gallery.create(tmp_path / "new", tmp_path)
+    with pytest.raises(ValueError, match=r"whole number .* got 1\.5"):
+        Gallery.create(tmp_path / "new", dim=1.5)
+    assert sorted(os.listdir(tmp_path)) == ["gallery"]
+
+
+def test_a_creation_that_fails_leaves_nothing(tmp_path):
+    class Unsaved:
+        fingerprint, dim = "x", 3
+
+        def embed(self, images):
+            raise AssertionError
+
+        def save(self, folder):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        Gallery.create(tmp_path / "g", Unsaved())
+    assert os.listdir(tmp_path) == []
+
+
+def test_closed_and_read_only_galleries_refuse(gallery):
+    with Gallery.open(gallery.folder, read_only=True) as reader, pytest.raises(GalleryError, match="read_only=True"):
+        reader.remove("person 1")
+    gallery.close()
+    gallery.close()
+    for call in (
+        lambda: gallery.search(embeddings=ONES),
+        lambda: gallery.enroll(embeddings=ONES, labels="x"),
+        lambda: len(gallery),
+    ):
+        with pytest.raises(GalleryError, match="is closed; open it again"):
+            call()
+
+
+def test_the_second_writer_learns_who_the_first_is(gallery):
+    with pytest.raises(GalleryLocked, match=rf"open for writing in process {os.getpid()} on .*read_only=True"):
+        Gallery.open(gallery.folder)
+    code = f"from embedlab import Gallery; Gallery.open({str(gallery.folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"process {os.getpid()}" in done.stderr
+    gallery.close()
+    Gallery.open(gallery.folder).close()
+
+
+# ---- durability ----------------------------------------------------------------------------------------------------
+
+CHILD = """
+    import sys, numpy as np
+    from embedlab import Gallery
+    folder, seed = sys.argv[1], int(sys.argv[2])
+    random = np.random.default_rng(seed)
+    with Gallery.open(folder) as gallery:
+        print("open", *gallery.counts(), flush=True)
+        for i in range(10_000):
+            pair = random.standard_normal((2, 4))
+            name = f"{seed}-{i}"
+            gallery.enroll(embeddings=pair, labels=name)
+            print("+", name, flush=True)
+            if i % 3 == 2:
+                gone = f"{seed}-{i - 1}"
+                gallery.remove(gone)
+                print("-", gone, flush=True)
+"""
+
+
+def test_ten_kills_lose_nothing_that_was_acknowledged(tmp_path):
+    folder = tmp_path / "g"
+    Gallery.create(folder, dim=4).close()
+    dice = random.Random(0)
+    enrolled, unsure, changes = set(), set(), 0
+    for seed in range(10):
+        child = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(CHILD), str(folder), str(seed)], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout.readline().startswith("open")
+        timer = threading.Timer(dice.uniform(0.0, 0.15), child.send_signal, [signal.SIGKILL])
+        timer.start()
+        lines = [line for line in child.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
+        child.wait()
+        timer.join()
+        child.stdout.close()
+        for line in lines:
+            sign, name = line.split()
+            (enrolled.add if sign == "+" else enrolled.discard)(name)
+        changes += len(lines)
+        done = len([line for line in lines if line[0] == "+"])
+        # What the kill interrupted may or may not have happened, but never by half.
+        unsure |= {f"{seed}-{done}", f"{seed}-{done - 2}"}
+        with Gallery.open(folder) as gallery:
+            counts = gallery.counts()
+            assert set(counts) - unsure == enrolled - unsure
+            assert set(counts.values()) <= {2}
+            assert gallery.check().ok
+            enrolled = set(counts)
+    assert changes > 20
+
+
+def damaged_copy(gallery, tmp_path):
+    copy = tmp_path / "copy"
+    if copy.exists():
+        shutil.rmtree(copy)
+    shutil.copytree(gallery.folder, copy)
+    return copy
+
+
+def outcome(folder, want):
+    """Refused, or every answer right."""
+    try:
+        with Gallery.open(folder, read_only=True) as gallery:
+            got = gallery.embeddings()
+            assert (got.ids.tolist(), got.labels) == (want.ids.tolist(), want.labels)
+            np.testing.assert_array_equal(got.vectors, want.vectors)
+            assert gallery.calibration is not None
+            return "right"
+    except GalleryError:
+        return "refused"
+
+
+@pytest.mark.parametrize("open_log", [False, True], ids=["closed", "with its log"])
+def test_flipped_bytes_are_refused_or_harmless(gallery, tmp_path, open_log):
+    gallery.calibrate(embeddings=strangers()[0], fpir=0.05)
+    gallery.enroll(embeddings=people()[0][:1], labels="x", key="once", metadata={"site": "north"})
+    want = gallery.embeddings()
+    if not open_log:
+        gallery.close()
+    dice, results = random.Random(0), []
+    copy = damaged_copy(gallery, tmp_path)
+    for name in ("gallery.db", "gallery.db-wal", "gallery.generation"):
+        if not (copy / name).exists():
+            continue
+        good = (copy / name).read_bytes()
+        for _ in range(60):
+            place = dice.randrange(len(good))
+            bad = bytearray(good)
+            bad[place] ^= 1 << dice.randrange(8)
+            (copy / name).write_bytes(bad)
+            results.append(outcome(copy, want))
+            for other in ("gallery.db", "gallery.db-wal", "gallery.db-shm", "gallery.generation"):
+                if (gallery.folder / other).exists():
+                    shutil.copyfile(gallery.folder / other, copy / other)
+                else:
+                    (copy / other).unlink(missing_ok=True)
+    assert results.count("refused") > 5
+
+
+def test_a_flipped_bit_of_a_vector_names_the_template_and_salvage_reads_the_rest(gallery, caplog):
+    bytes_of_one = gallery.embeddings().vectors[30].tobytes()
+    gallery.close()
+    path = gallery.folder / "gallery.db"
+    content = bytearray(path.read_bytes())
+    place = content.find(bytes_of_one)
+    content[place] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(GalleryDamaged, match=r"1 templates do not fit their digests \(id 31\).*salvage=True"):
+        Gallery.open(gallery.folder)
+    with Gallery.open(gallery.folder, salvage=True) as rest:
+        assert len(rest) == 59
+        assert "id 31" in caplog.text
+        assert not rest.check().ok
+        with pytest.raises(GalleryError, match="read_only=True"):
+            rest.remove("person 1")
+
+
+def test_lost_log_and_older_copies_are_refused(gallery, tmp_path):
+    old = damaged_copy(gallery, tmp_path)  # with the log, at generation 1
+    shutil.copytree(old, tmp_path / "old")
+    gallery.enroll(embeddings=people()[0][:1], labels="x")
+    for missing in ("gallery.db-wal", "gallery.generation"):
+        copy = damaged_copy(gallery, tmp_path)
+        (copy / missing).unlink()
+        for read_only in (False, True):
+            with pytest.raises(GalleryDamaged, match=r"was acknowledged|missing, damaged or from another"):
+                Gallery.open(copy, read_only=read_only)
+    copy = damaged_copy(gallery, tmp_path)
+    for name in ("gallery.db", "gallery.db-wal", "gallery.db-shm"):
+        shutil.copyfile(tmp_path / "old" / name, copy / name)
+    with pytest.raises(GalleryDamaged, match="at generation 1, but 2 was acknowledged"):
+        Gallery.open(copy)
+    with Gallery.create(tmp_path / "other", dim=16) as other:
+        shutil.copyfile(other.folder / "gallery.generation", damaged_copy(gallery, tmp_path) / "gallery.generation")
+    with pytest.raises(GalleryDamaged, match="from another gallery"):
+        Gallery.open(tmp_path / "copy")
+
+
+def test_foreign_databases_and_newer_formats_are_refused(gallery, tmp_path):
+    import sqlite3
+
+    from embedlab.retrieval.store import Meta
+
+    gallery.close()
+    for statement in ("CREATE TRIGGER t AFTER INSERT ON item BEGIN DELETE FROM item; END", "CREATE VIEW v AS SELECT 1"):
+        with sqlite3.connect(damaged_copy(gallery, tmp_path) / "gallery.db") as database:
+            database.execute(statement)
+        database.close()
+        with pytest.raises(GalleryDamaged, match="its schema is not that of a gallery"):
+            Gallery.open(tmp_path / "copy")
+    with sqlite3.connect(damaged_copy(gallery, tmp_path) / "gallery.db") as database:
+        meta = Meta.from_rows([(k.encode(), v.encode()) for k, v in database.execute("SELECT key, value FROM meta")])
+        meta.format_version = 2
+        database.executemany("REPLACE INTO meta VALUES (?, ?)", meta.rows())
+    database.close()
+    with pytest.raises(GalleryError, match="format version 2, this embedlab reads up to 1"):
+        Gallery.open(tmp_path / "copy")
+
+
+def test_a_failed_disk_acknowledges_nothing_and_search_goes_on(gallery, monkeypatch):
+    def refuse(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(GalleryError, match=r"No space left on device.*Nothing acknowledged is lost"):
+        gallery.enroll(embeddings=people()[0][:1], labels="x")
+    monkeypatch.undo()
+    with pytest.raises(GalleryError, match="stopped writing after an error"):
+        gallery.enroll(embeddings=people()[0][:1], labels="x")
+    assert gallery.search(embeddings=people()[0][:1], k=1).labels == [["person 0"]]
+    gallery.close()
+    with Gallery.open(gallery.folder) as again:
+        assert again.check().ok
+        again.enroll(embeddings=people()[0][:1], labels="y")
+
+
+def test_purged_vectors_are_in_no_file(gallery):
+    stored = gallery.embeddings()
+    (gallery.folder / "cache" / "old.faiss").write_bytes(stored.vectors[0].tobytes())
+    gone = [f"person {i}" for i in range(10)]
+    with Gallery.open(gallery.folder, read_only=True) as reader:
+        assert len(reader) == 60
+        gallery.remove(gone, purge=True)
+        content = b"".join(path.read_bytes() for path in gallery.folder.rglob("*") if path.is_file())
+        found = [stored.vectors[row].tobytes() in content for row in range(60)]
+    assert found == [label not in gone for label in stored.labels]
+
+
+def test_purge_says_what_remains_while_a_reader_holds_the_log(gallery):
+    import sqlite3
+
+    gallery._store._connection.execute("PRAGMA busy_timeout = 100")
+    reader = sqlite3.connect(gallery.folder / "gallery.db", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM item").fetchone()
+    with pytest.raises(GalleryError, match=r"removal is done, but .*gallery\.db-wal still holds traces"):
+        gallery.remove("person 1", purge=True)
+    reader.close()
+    assert "person 1" not in gallery
+    gallery.compact()
+
+
+def test_backup_while_changing_is_a_whole_generation(gallery, tmp_path):
+    gallery.calibrate(embeddings=strangers()[0], fpir=0.05)
+    gallery.backup(tmp_path / "copy")
+    gallery.remove("person 1")
+    with Gallery.open(tmp_path / "copy") as copy:
+        assert (len(copy), copy.calibration) == (60, gallery.calibration)
+        assert copy.check().ok
+    with pytest.raises(ValueError, match="is already a gallery"):
+        gallery.backup(tmp_path / "copy")
+
+
+def test_compact_gives_space_back(tmp_path):
+    with Gallery.create(tmp_path / "g", dim=64) as gallery:
+        gallery.enroll(embeddings=np.random.default_rng(0).standard_normal((2000, 64)), labels="x")
+        gallery.enroll(embeddings=np.eye(64)[:1], labels="y")
+        gallery.remove("x")
+        assert gallery.compact() > 400_000
+        assert gallery.check().ok
+        assert gallery.labels() == ["y"]
+
+
+def test_stored_embeddings_bring_their_labels(tmp_path):
+    vectors, labels = people()
+    table = Embeddings(vectors.astype(np.float32), labels, np.arange(60))
+    with Gallery.create(tmp_path / "g", dim=16) as gallery:
+        gallery.enroll(embeddings=table)
+        assert gallery.counts() == dict.fromkeys(sorted(set(labels)), 3)
+        assert repr(gallery).endswith("20 identities, 60 templates, dim=16)")
