@@ -12,18 +12,33 @@ The rooms, in the order in which data flows; a room imports only rooms above it:
     tasks       backbone -> fine-tuned model
 """
 
+from typing import TYPE_CHECKING
+
 from embedlab._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from embedlab import data as data
+    from embedlab import encoders as encoders
+    from embedlab import losses as losses
+    from embedlab import methods as methods
+    from embedlab import metrics as metrics
+    from embedlab import retrieval as retrieval
+    from embedlab import serving as serving
+    from embedlab import tasks as tasks
+    from embedlab._types import Batch as Batch
+    from embedlab._types import Embeddings as Embeddings
+    from embedlab._types import Neighbours as Neighbours
+    from embedlab.encoders import Encoder as Encoder
+    from embedlab.retrieval import Gallery as Gallery
 
 __version__ = "0.1.0"
 
 __getattr__ = lazy_names(
     __name__,
     {
-        **dict.fromkeys(["data", "encoders", "losses", "methods", "metrics", "retrieval", "serving", "tasks"], ""),
-        "Batch": "._types",
-        "Embeddings": "._types",
-        "Neighbours": "._types",
-        "Encoder": ".encoders",
-        "Gallery": ".retrieval",
+        "": ["data", "encoders", "losses", "methods", "metrics", "retrieval", "serving", "tasks"],
+        "._types": ["Batch", "Embeddings", "Neighbours"],
+        ".encoders": ["Encoder"],
+        ".retrieval": ["Gallery"],
     },
 )

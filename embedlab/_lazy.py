@@ -4,16 +4,19 @@ import importlib
 from collections.abc import Callable
 
 
-def lazy_names(package: str, home: dict[str, str]) -> Callable[[str], object]:
+def lazy_names(package: str, homes: dict[str, list[str]]) -> Callable[[str], object]:
     """Build a module `__getattr__` (PEP 562).
+
+    The module names the same things once more under `if TYPE_CHECKING:`, for type checkers and editors; a test compares
+    the two lists.
 
     Args:
         package: The module that gets the names, its `__name__`.
-        home: Public name to the submodule (relative, such as ".module") that defines it; a name that stands for a
-            submodule itself maps to "".
+        homes: Submodule (relative, such as ".module") to the names that it defines. Under "" stand names of submodules.
     """
+    home = {name: module for module, names in homes.items() for name in names}
 
-    def __getattr__(name: str) -> object:  # noqa: N807
+    def __getattr__(name: str) -> object:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}; it has: {', '.join(sorted(home))}.")
         if not home[name]:

@@ -20,7 +20,9 @@ def normalize(x: Tensor) -> Tensor:
 
 def cosine(embeddings: Tensor, reference: Tensor | None = None) -> Tensor:
     """Cosine of every row of (B, D) with every row of reference (M, D), or with one another: (B, M)."""
-    with torch.autocast(embeddings.device.type, enabled=False):  # a bf16 product has 3 digits, a temperature of 0.05 needs 5
+    with torch.autocast(
+        embeddings.device.type, enabled=False
+    ):  # a bf16 product has 3 digits, a temperature of 0.05 needs 5
         embeddings = normalize(embeddings)
         return embeddings @ (embeddings if reference is None else normalize(reference)).T
 

@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("EMBEDLAB_DEBUG"):
             raise
-        kind = "" if isinstance(error, ValueError | RuntimeError | OSError | ImportError) else f"{type(error).__name__}: "
+        kind = (
+            "" if isinstance(error, ValueError | RuntimeError | OSError | ImportError) else f"{type(error).__name__}: "
+        )
         sys.stderr.write(f"embedlab: error: {kind}{error}\n")
         return 1
 
@@ -128,7 +130,9 @@ def _add_quickstart(commands: Any) -> None:
     parser.add_argument("--out", type=Path, default=Path("embedlab-quickstart"), help="folder for what it makes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fpir", type=float, default=0.05, help="promised false-positive identification rate")
-    parser.add_argument("--effort", type=float, default=1.0, help="share of the training steps; below 1 for a look only")
+    parser.add_argument(
+        "--effort", type=float, default=1.0, help="share of the training steps; below 1 for a look only"
+    )
 
 
 def _add_embed(commands: Any) -> None:
@@ -181,9 +185,10 @@ def _add_finetune(commands: Any) -> None:
     parser.add_argument("--labels-per-class", type=int, help="train on that many images of each class")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the classifier")
-    parser.add_argument("--backbone-rate", type=float, default=0.3, help="the backbone's, as a share of --rate")
+    parser.add_argument("--rate", type=float, default=1e-2, help="learning rate of the classifier")
+    parser.add_argument("--backbone-rate", type=float, default=0.03, help="the backbone's, as a share of --rate")
     parser.add_argument("--loss", choices=["cross-entropy", "focal"], default="cross-entropy")
+    parser.add_argument("--classifier", choices=["linear", "cosine"], default="cosine")
     parser.add_argument("--freeze", action="store_true", help="train the classifier only (linear probe)")
     parser.add_argument("--flip", type=float, default=0.5, help="probability of a left-right flip; 0 for text")
     parser.add_argument("--seed", type=int, default=0)
@@ -191,7 +196,9 @@ def _add_finetune(commands: Any) -> None:
 
 
 def _add_gallery(commands: Any) -> None:
-    gallery = commands.add_parser("gallery", help="enroll, identify, verify, remove", description="Work with a gallery.")
+    gallery = commands.add_parser(
+        "gallery", help="enroll, identify, verify, remove", description="Work with a gallery."
+    )
     verbs = gallery.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     def verb(name: str, run: Callable[[argparse.Namespace], Result], help: str, *, path: bool = False) -> Any:
@@ -269,8 +276,6 @@ def _source(path: str, select: list[str] | None) -> Source:
 
 def _probes(options: argparse.Namespace, gallery: Any) -> Embeddings:
     """Vectors with labels and paths, whatever PATH is; images go through the gallery's own encoder."""
-    from embedlab._types import Embeddings
-
     if _is_vectors(options.path):
         return _vectors(options.path, options.labels)
     source = _source(options.path, options.select)
@@ -331,7 +336,9 @@ def _evaluate(options: argparse.Namespace) -> Result:
     from embedlab.retrieval.evaluation import evaluate_open_set, evaluate_retrieval, table
 
     if options.open_set and not options.calibrate_select:
-        raise ValueError("--open-set needs --calibrate-select COLUMN=VALUE: identities, not tested, that set the threshold.")
+        raise ValueError(
+            "--open-set needs --calibrate-select COLUMN=VALUE: identities, not tested, that set the threshold."
+        )
     started = time.perf_counter()
     rows: dict[str, Result] = {}
     for name, read in _readers(options).items():
@@ -377,7 +384,7 @@ def _readers(options: argparse.Namespace) -> dict[str, Callable[[str, list[str] 
     if options.baselines:
         pixels = Pixels(encoder.image_size, in_channels=encoder.channels)
         encoders["raw pixels"] = Encoder(pixels, **encoder.preprocessing)
-        encoders["untrained"] = encoder.untrained()
+        encoders["untrained"] = encoder.untrained(_some_images(encoder, options))
 
     def reader(embedder: Encoder) -> Callable[[str, list[str] | None], Embeddings]:
         return lambda path, select: embedder.embed(
@@ -388,6 +395,15 @@ def _readers(options: argparse.Namespace) -> dict[str, Callable[[str, list[str] 
         )
 
     return {name: reader(embedder) for name, embedder in encoders.items()}
+
+
+def _some_images(encoder: Encoder, options: argparse.Namespace) -> Any:
+    import torch
+
+    source = _source(options.path, options.select)
+    rows = range(0, len(source), max(1, len(source) // 256))
+    images, _, _ = source.read(list(rows), encoder.image_size, channels=encoder.channels, how=encoder.fit)
+    return torch.from_numpy(images)
 
 
 def _selected_vectors(path: str, labels: str | None, select: list[str] | None) -> Embeddings:
@@ -426,6 +442,7 @@ def _finetune(options: argparse.Namespace) -> Result:
         steps=options.steps,
         rate=options.rate,
         backbone_rate=options.backbone_rate,
+        classifier=options.classifier,
         loss=loss,
         freeze=options.freeze,
         seed=options.seed,
@@ -472,7 +489,11 @@ def _remove(options: argparse.Namespace) -> Result:
         raise ValueError("gallery remove takes either --label or --id.")
     with Gallery.open(options.gallery) as gallery:
         count = gallery.remove(labels=options.label, ids=options.id, purge=options.purge)
-        return {"removed": count, "templates": len(gallery), "text": f"removed {count} templates, {len(gallery)} remain"}
+        return {
+            "removed": count,
+            "templates": len(gallery),
+            "text": f"removed {count} templates, {len(gallery)} remain",
+        }
 
 
 def _rename(options: argparse.Namespace) -> Result:
@@ -564,7 +585,10 @@ def _verify(options: argparse.Namespace) -> Result:
         answers = [gallery.verify(options.label, embedding=vector) for vector in probes.vectors]
     word = {True: "accepted", False: "rejected", None: "uncalibrated"}
     rows = [{"probe": name, **answer.to_dict()} for name, answer in zip(_names(probes), answers, strict=True)]
-    return {"results": rows, "text": "\n".join(f"{r['score']:.3f}  {word[r['accepted']]:12s}  {r['probe']}" for r in rows)}
+    return {
+        "results": rows,
+        "text": "\n".join(f"{r['score']:.3f}  {word[r['accepted']]:12s}  {r['probe']}" for r in rows),
+    }
 
 
 def _calibrate(options: argparse.Namespace) -> Result:
@@ -578,7 +602,7 @@ def _calibrate(options: argparse.Namespace) -> Result:
         f"taken for somebody\n(bound {found.bound:.2%}, observed {found.observed:.2%} on {found.images} images of "
         f"{found.strangers} strangers, worth {found.effective_strangers:.0f} independent ones)"
     )
-    return {**found.to_dict(), "text": "\n".join([text, *found.notes])}
+    return {**found.to_dict(), "text": text}
 
 
 def _check(options: argparse.Namespace) -> Result:

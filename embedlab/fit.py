@@ -28,7 +28,9 @@ from embedlab.retrieval.monitor import Monitor
 log = logging.getLogger("embedlab")
 
 _ROOMS = ("data", "encoders", "losses", "methods", "tasks")
-_WRONG_KEY = re.compile(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: -*([\w.]+)|[Kk]ey '?([\w.]+)'? is not")
+_WRONG_KEY = re.compile(
+    r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: -*([\w.]+)|[Kk]ey '?([\w.]+)'? is not"
+)
 
 
 class RunFolderError(ValueError):
@@ -78,9 +80,13 @@ def _classes_of(module: str) -> list[type]:
 
 
 def _innermost(message: str) -> str:
-    """jsonargparse nests causes and repeats the whole configuration; keep the line that says what to change."""
+    """Jsonargparse nests causes and repeats the whole configuration; keep the line that says what to change."""
     lines = [line.strip(" -") for line in message.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("Given value", "Subtypes", "Errors", "Expected a <class 'NoneType'"))]
+    lines = [
+        line
+        for line in lines
+        if line and not line.startswith(("Given value", "Subtypes", "Errors", "Expected a <class 'NoneType'"))
+    ]
     told = [line for line in lines if "is not accepted" in line or "Expected a" in line]
     inner = (told or lines or [message])[0]
     place = next((line.removesuffix(":") for line in lines if line.startswith("Parser key")), "")
@@ -141,7 +147,9 @@ def _prepare(run: Path, *, resume: bool) -> Path | None:
     if resume:
         checkpoint = _newest_checkpoint(run)
         if checkpoint is None:
-            raise RunFolderError(f"Nothing to resume: {run}/checkpoints holds no checkpoint. Start it without --resume.")
+            raise RunFolderError(
+                f"Nothing to resume: {run}/checkpoints holds no checkpoint. Start it without --resume."
+            )
         return checkpoint
     if used:
         raise RunFolderError(

@@ -43,7 +43,7 @@ def test_resnets_are_torchvisions(name, features, parameters) -> None:
     assert {key.removeprefix("net."): value.shape for key, value in ours.state_dict().items()} == shapes
 
 
-@pytest.mark.parametrize("stem", ["small", "imagenet"])
+@pytest.mark.parametrize("stem", ["small", "medium", "imagenet"])
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize(("width", "features"), [(0.125, 64), (0.5, 256)])
 @pytest.mark.parametrize("in_channels", [1, 5])
@@ -64,7 +64,9 @@ def test_pretrained_weights_that_cannot_be_had_are_a_quick_clear_error(monkeypat
         raise OSError("no network")
 
     monkeypatch.setattr("socket.create_connection", refuse)
-    with pytest.raises(PretrainedUnavailableError, match=r"resnet18-.*pth.* cannot be reached \(no network\).*Leave out"):
+    with pytest.raises(
+        PretrainedUnavailableError, match=r"resnet18-.*pth.* cannot be reached \(no network\).*Leave out"
+    ):
         ResNet("resnet18", pretrained=True)
     with pytest.raises(ValueError, match="ImageNet weights exist for the unchanged resnet18"):
         ResNet("resnet18", stem="small", pretrained=True)
@@ -103,7 +105,9 @@ def test_heads_take_the_backbones_size() -> None:
     assert connect(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 11)), None) == 11
     with pytest.raises(ValueError, match="The head takes 5 features but ResNet gives 64; leave out in_features"):
         connect(backbone, LinearHead(3, in_features=5))
-    with pytest.raises(ValueError, match=r"must map images \(B, C, H, W\) to features \(B, F\); Conv2d gave \(1, 4, 64, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"must map images \(B, C, H, W\) to features \(B, F\); Conv2d gave \(1, 4, 64, 64\)"
+    ):
         connect(nn.Conv2d(3, 4, 3, padding=1), None)
 
 
@@ -239,7 +243,9 @@ def test_an_own_class_is_loaded_by_its_instance_only(tmp_path) -> None:
     with torch.no_grad():
         encoder.backbone.scale.fill_(2.0)
     encoder.save(tmp_path / "encoder")
-    with pytest.raises(EncoderError, match=r"OwnBackbone.*runs no foreign code.*Encoder.load\(folder, backbone=YourClass"):
+    with pytest.raises(
+        EncoderError, match=r"OwnBackbone.*runs no foreign code.*Encoder.load\(folder, backbone=YourClass"
+    ):
         Encoder.load(tmp_path / "encoder")
     again = Encoder.load(tmp_path / "encoder", backbone=OwnBackbone())
     assert again.backbone.scale.item() == 2.0
@@ -253,6 +259,16 @@ def test_untrained_is_the_same_architecture_with_other_weights() -> None:
     fresh, again = encoder.untrained(seed=1), encoder.untrained(seed=1)
     assert fresh.architecture == encoder.architecture
     assert fresh.fingerprint == again.fingerprint != encoder.fingerprint
+    settled = encoder.untrained(torch.from_numpy(pictures()), seed=1)
+    assert settled.backbone.net.bn1.running_mean.abs().sum() > 0
+    torch.testing.assert_close(settled.backbone.net.conv1.weight, fresh.backbone.net.conv1.weight)
+
+
+def test_resnet8_has_three_stages() -> None:
+    net = ResNet("resnet8", stem="medium", width=0.5, in_channels=1)
+    assert net.out_features == 128
+    assert net(torch.zeros(2, 1, 32, 32)).shape == (2, 128)
+    assert sum(isinstance(module, nn.Conv2d) for module in net.modules()) == 9
 
 
 def test_description_is_plain_json(tmp_path) -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ import pytest
 
 from embedlab import Embeddings, Gallery
 from embedlab.retrieval import CalibrationError, CallableEmbedder, GalleryDamaged, GalleryError, GalleryLocked
+from embedlab.retrieval.store import Contents, Meta
 
 
 def unit(vectors):
@@ -274,6 +276,15 @@ def test_an_older_snapshot_is_not_touched_by_later_changes(gallery):
     assert before.labels.tolist() == labels
 
 
+def test_two_successors_of_one_snapshot_do_not_share_rows(gallery):
+    def successor(now, label):
+        return now.appended(Contents(now.meta, np.array([99]), [label], [None], np.eye(16, dtype=np.float32)[:1], 0))
+
+    base = successor(gallery._now(), "room for more")
+    first, second = successor(base, "first"), successor(base, "second")
+    assert (first.labels[-1], second.labels[-1], len(base)) == ("first", "second", 61)
+
+
 def test_searching_threads_see_whole_generations(gallery):
     """Every enrollment adds a pair; no reader may ever see half of it."""
     done, odd = threading.Event(), []
@@ -439,7 +450,7 @@ def test_bad_questions_say_why(gallery):
         gallery.verify("x", embedding=ONES[0])
     with pytest.raises(ValueError, match="3 labels do not fit 2 images"):
         gallery.calibrate(embeddings=ONES, labels=["a", "b", "c"])
-    with pytest.raises(CalibrationError, match=r"needs 299 independent strangers; these 2 images .* worth 2\.0"):
+    with pytest.raises(CalibrationError, match="needs 299 strangers; these 2 images show 2"):
         gallery.calibrate(embeddings=np.eye(16)[:2])
     with pytest.raises(CalibrationError, match="nobody that is not enrolled"):
         gallery.calibrate(embeddings=ONES, labels=["person 1", "person 1"])
@@ -645,11 +656,22 @@ def test_lost_log_and_older_copies_are_refused(gallery, tmp_path):
         Gallery.open(tmp_path / "copy")
 
 
+@pytest.mark.parametrize("key", ["calibration", "settings", "count", "last_id", "fingerprint"])
+def test_edited_facts_are_refused(gallery, key):
+    gallery.calibrate(embeddings=strangers()[0], fpir=0.05)
+    gallery.close()
+    with sqlite3.connect(gallery.folder / "gallery.db") as database:
+        database.execute(
+            "UPDATE meta SET value = replace(replace(value, '6', '5'), 'null', '\"x\"') WHERE key = ?", (key,)
+        )
+        if key == "settings":
+            database.execute("UPDATE meta SET value = replace(value, 'max', 'mean') WHERE key = ?", (key,))
+    database.close()
+    with pytest.raises(GalleryDamaged, match="the digest of the table meta does not fit"):
+        Gallery.open(gallery.folder)
+
+
 def test_foreign_databases_and_newer_formats_are_refused(gallery, tmp_path):
-    import sqlite3
-
-    from embedlab.retrieval.store import Meta
-
     gallery.close()
     for statement in ("CREATE TRIGGER t AFTER INSERT ON item BEGIN DELETE FROM item; END", "CREATE VIEW v AS SELECT 1"):
         with sqlite3.connect(damaged_copy(gallery, tmp_path) / "gallery.db") as database:
@@ -696,8 +718,6 @@ def test_purged_vectors_are_in_no_file(gallery):
 
 
 def test_purge_says_what_remains_while_a_reader_holds_the_log(gallery):
-    import sqlite3
-
     gallery._store._connection.execute("PRAGMA busy_timeout = 100")
     reader = sqlite3.connect(gallery.folder / "gallery.db", isolation_level=None)
     reader.execute("BEGIN")

@@ -153,8 +153,9 @@ def test_focal_equals_the_paper(gamma, weights) -> None:
 def test_binary_focal_equals_the_paper(gamma, alpha) -> None:
     logits = embeddings(4).clone().requires_grad_()
     targets = (embeddings(4, seed=1) > 0).double()
-    got, want = BinaryFocalLoss(gamma, alpha=alpha)(logits, targets), naive.binary_focal(
-        logits, targets, gamma=gamma, alpha=alpha
+    got, want = (
+        BinaryFocalLoss(gamma, alpha=alpha)(logits, targets),
+        naive.binary_focal(logits, targets, gamma=gamma, alpha=alpha),
     )
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(gradient(got, logits), gradient(want, logits))

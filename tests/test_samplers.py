@@ -30,7 +30,7 @@ def test_ranks_draw_different_images_and_equal_numbers_of_batches(world) -> None
 
 
 def test_ranks_share_classes_but_not_images_when_classes_are_few() -> None:
-    ranks = [list(balanced(classes=8, rank=rank, world=2, batches=1))[0] for rank in range(2)]
+    ranks = [next(iter(balanced(classes=8, rank=rank, world=2, batches=1))) for rank in range(2)]
     first, second = (set(rank) for rank in ranks)
     assert len(np.unique(LABELS[ranks[0]])) == 8
     shared = set(LABELS[ranks[0]]) & set(LABELS[ranks[1]])

@@ -123,7 +123,7 @@ def render_glyphs(size: int = 32, seed: int = 0, *, copies: int = 1, limit: int 
         raise ValueError(f"render_glyphs needs limit >= 1 characters or None, got {limit}; None draws them all.")
     characters = distinct_characters()
     if limit is not None and limit < len(characters):
-        characters = [characters[i] for i in np.linspace(0, len(characters) - 1, limit).round().astype(int)]
+        characters = tuple(characters[i] for i in np.linspace(0, len(characters) - 1, limit).round().astype(int))
     drawn = [
         (code, number, outline)
         for code in tqdm(characters, desc="drawing characters", unit="character")
@@ -180,8 +180,8 @@ def split_glyphs(glyphs: Glyphs, seed: int = 0, *, held_out: tuple[str, ...] = H
 
 
 @cache
-def distinct_characters(*, styles: int = 8, alike: float = 0.92) -> list[int]:
-    """Code points that are drawn in many styles and look like no earlier one.
+def distinct_characters(*, styles: int = 8, alike: float = 0.92) -> tuple[int, ...]:
+    """Code points that Sans and many other styles hold and that look like no earlier one, in ascending order.
 
     Args:
         styles: How many of the twelve styles must hold the character.
@@ -189,7 +189,7 @@ def distinct_characters(*, styles: int = 8, alike: float = 0.92) -> list[int]:
             reaches this; in (0, 1].
     """
     held = Counter(code for style in STYLES for code in _code_points(style))
-    codes = [code for code, count in sorted(held.items()) if count >= styles and _is_printable(code)]
+    codes = [code for code in sorted(_code_points("Sans")) if held[code] >= styles and _is_printable(code)]
     drawn = [(code, picture) for code in codes if (picture := _outline("Sans", code)) is not None]
     block = _CANVAS // 16
     pictures = np.stack([picture for _, picture in drawn]).reshape(-1, 16, block, 16, block)
@@ -200,7 +200,7 @@ def distinct_characters(*, styles: int = 8, alike: float = 0.92) -> list[int]:
     for row in range(len(drawn)):
         if not kept or cosines[row, kept].max() < alike:
             kept.append(row)
-    return [drawn[row][0] for row in kept]
+    return tuple(drawn[row][0] for row in kept)
 
 
 def _is_printable(code: int) -> bool:
@@ -311,11 +311,10 @@ def _neighbourhood(pictures: Floats, combine: np.ufunc) -> Floats:
 
 def _smooth(pictures: Floats) -> Floats:
     """Blur with the weights 1 2 1 along both axes."""
-    for axis in (1, 2):
-        padded = np.pad(pictures, [(0, 0), *((1, 1) if axis == a else (0, 0) for a in (1, 2))], mode="edge")
-        before, here, after = (padded.take(range(i, i + pictures.shape[axis]), axis) for i in range(3))
-        pictures = (before + 2 * here + after) / np.float32(4)
-    return pictures
+    padded = np.pad(pictures, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    rows = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
+    smooth: Floats = (rows[:, :, :-2] + 2 * rows[:, :, 1:-1] + rows[:, :, 2:]) / np.float32(16)
+    return smooth
 
 
 def _spread(size: int) -> Floats:

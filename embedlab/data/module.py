@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,6 +21,7 @@ from embedlab.data.splits import split_by_class, split_by_group, split_by_sample
 from embedlab.data.views import Views, color_statistics, to_float
 
 log = logging.getLogger("embedlab")
+
 
 class ImageBatches(Dataset[Batch]):
     """Rows of a source as batches of uint8 images; decoded once and kept while they fit into the cache.
@@ -195,7 +197,9 @@ class ImageData(pl.LightningDataModule):
             return _roles_of_column(source)
         if self.split == "group":
             if "group" not in source.columns:
-                raise ValueError(f"split=group needs a column 'group'; {self.root} has {sorted(source.columns) or 'none'}.")
+                raise ValueError(
+                    f"split=group needs a column 'group'; {self.root} has {sorted(source.columns) or 'none'}."
+                )
             return split_by_group(source.columns["group"], self.fractions, seed=self.seed)
         if self.split == "sample":
             return split_by_sample(source.names, source.labels, fractions=self.fractions, seed=self.seed)
@@ -239,12 +243,18 @@ class ImageData(pl.LightningDataModule):
         else:
             sampler = BalancedBatches(
                 dataset.labels,
-                self.batch_size // self.images_per_class,
+                self._classes_per_batch(self.images_per_class),
                 images_per_class=self.images_per_class,
                 batches=self.batches_per_epoch,
                 seed=self.seed,
             )
         return self._loader(dataset, sampler)
+
+    def _classes_per_batch(self, images_per_class: int) -> int:
+        wanted = self.batch_size // images_per_class
+        if wanted > self.num_classes:
+            log.warning("There are %d training classes, so batches hold %d, not %d.", *[self.num_classes] * 2, wanted)
+        return min(wanted, self.num_classes)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[object]:
         """The calibrate role, in order; nothing where it is empty."""
@@ -273,12 +283,17 @@ class ImageData(pl.LightningDataModule):
         trainer = self.trainer
         (images,) = batch.views
         if trainer is not None and trainer.training:
-            views = self.views(
-                images, batch.index, size=self.image_size, seed=self.seed, epoch=trainer.current_epoch
-            )
+            views = self.views(images, batch.index, size=self.image_size, seed=self.seed, epoch=trainer.current_epoch)
         else:
-            views = (to_float(images),)
+            return Batch((self.plain(images),), batch.labels, batch.index)
         return Batch(tuple(self.normalize(view) for view in views), batch.labels, batch.index)
+
+    def plain(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 as the Encoder sees it: without augmentation, at image_size, normalised."""
+        images = to_float(images)
+        if images.shape[-1] != self.image_size:
+            images = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        return self.normalize(images)
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] to zero mean and unit deviation, as the Encoder does inside."""
@@ -288,7 +303,9 @@ class ImageData(pl.LightningDataModule):
 
 def _roles_of_column(source: Source) -> np.ndarray:
     """The manifest's own roles; "val" and "valid" are other names of calibrate."""
-    roles = np.array([{"val": "calibrate", "valid": "calibrate"}.get(role, role) for role in source.column("split")], dtype=object)
+    roles = np.array(
+        [{"val": "calibrate", "valid": "calibrate"}.get(role, role) for role in source.column("split")], dtype=object
+    )
     unknown = sorted(set(roles) - {"train", "calibrate", "test"})
     if unknown:
         raise ValueError(f"Column split must hold train, calibrate (or val) and test; got {unknown[:3]}.")

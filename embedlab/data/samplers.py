@@ -142,9 +142,7 @@ class BalancedBatches(_Batches):
 class EvaluationBatches(_Batches):
     """All samples once over all ranks, in order, without padding: ranks may get different numbers of batches."""
 
-    def __init__(
-        self, rows: int, batch_size: int, *, rank: int | None = None, world: int | None = None
-    ) -> None:
+    def __init__(self, rows: int, batch_size: int, *, rank: int | None = None, world: int | None = None) -> None:
         super().__init__(rows, 0, rank, world)
         self.mine = np.arange(rows)[self.rank :: self.num_replicas]
         self.batch_size = batch_size

@@ -99,7 +99,9 @@ class Views:
                 f"Views needs count >= 1 and pad border|zeros|reflection, got {self.count} and {self.pad!r}."
             )
 
-    def __call__(self, images: Tensor, index: Tensor, *, size: int, seed: int = 0, epoch: int = 0) -> tuple[Tensor, ...]:
+    def __call__(
+        self, images: Tensor, index: Tensor, *, size: int, seed: int = 0, epoch: int = 0
+    ) -> tuple[Tensor, ...]:
         """Draw the views.
 
         Args:
@@ -152,7 +154,9 @@ class Views:
         sides = torch.stack([(area * ratio / aspect).sqrt(), (area / ratio * aspect).sqrt()])  # (2, B, tries)
         fits = (sides <= max(1.0, self.crop_scale[1]) + 1e-6).all(dim=0)
         first = fits.byte().argmax(dim=1)  # 0 where none fits; that box is cut to the image
-        width, height = sides.gather(2, first.expand(2, -1)[..., None]).squeeze(2).clamp(max=max(1.0, self.crop_scale[1]))
+        width, height = (
+            sides.gather(2, first.expand(2, -1)[..., None]).squeeze(2).clamp(max=max(1.0, self.crop_scale[1]))
+        )
         return width, height
 
     @staticmethod

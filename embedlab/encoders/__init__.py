@@ -5,6 +5,7 @@ from embedlab.encoders.backbones import ResNet as ResNet
 from embedlab.encoders.backbones import TimmBackbone as TimmBackbone
 from embedlab.encoders.encoder import Encoder as Encoder
 from embedlab.encoders.encoder import EncoderError as EncoderError
+from embedlab.encoders.heads import CosineHead as CosineHead
 from embedlab.encoders.heads import LinearHead as LinearHead
 from embedlab.encoders.heads import MLPHead as MLPHead
 from embedlab.encoders.heads import connect as connect

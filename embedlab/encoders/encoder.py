@@ -85,7 +85,7 @@ class Encoder(nn.Module):
         self.head = head
         self.dim = connect(backbone, head)
         self.image_size = image_size
-        self.channels = channels or getattr(backbone, "in_channels", 3)
+        self.channels: int = channels or getattr(backbone, "in_channels", 3)  # type: ignore[assignment]
         self.fit: Fit = fit
         self.statistics = color_statistics(self.channels, mean, std)
         for name, value in zip(("mean", "std"), self.statistics, strict=True):
@@ -128,15 +128,31 @@ class Encoder(nn.Module):
             embeddings = self.head(embeddings)
         return normalize(embeddings)
 
-    def untrained(self, *, seed: int = 0) -> Encoder:
-        """The same architecture and preprocessing with fresh random weights: a baseline."""
+    def untrained(self, images: Tensor | None = None, *, seed: int = 0) -> Encoder:
+        """The same architecture and preprocessing with fresh random weights: a baseline.
+
+        Args:
+            images: (N, C, image_size, image_size) that set the running statistics of batch normalisation; without them
+                an untrained network is worse than it has to be.
+            seed: Of the weights.
+        """
         fresh = copy.deepcopy(self).train()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for name, part in (("backbone", self.backbone), ("head", self.head)):
                 if part is not None:
                     setattr(fresh, name, _construct(_describe(part), None, name, "The encoder"))
-        return fresh.to(self.mean.device).eval()
+        fresh.to(self.mean.device)
+        if images is not None:
+            norms = [module for module in fresh.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+            for module in norms:
+                module.momentum = None  # a plain average over all batches
+            with torch.no_grad():
+                for batch in images.split(128):
+                    fresh(batch.to(self.mean.device))
+            for module in norms:
+                module.momentum = 0.1
+        return fresh.eval()
 
     def preprocess(self, images: np.ndarray | Tensor) -> Tensor:
         """Bring a batch of images to the encoder's size.
@@ -198,7 +214,7 @@ class Encoder(nn.Module):
             Embeddings whose ids are row numbers of the input; labels and paths as far as the input has them.
         """
         source = images if isinstance(images, Source) else None
-        paths = None if source or isinstance(images, np.ndarray | Tensor) else [os.fspath(path) for path in images]
+        paths = None if source or isinstance(images, np.ndarray | Tensor) else [os.fspath(path) for path in images]  # type: ignore[union-attr]
         names = source.names if source else paths
         vectors, kept, skipped = [np.zeros((0, self.dim), np.float32)], [np.zeros(0, np.int64)], []
         training = self.training
@@ -208,7 +224,7 @@ class Encoder(nn.Module):
                 rows = np.arange(start, min(start + _CHUNK, len(images)))
                 bar.update(len(rows))
                 if names is None:
-                    chunk = self.preprocess(images[start : start + _CHUNK])  # type: ignore[index]
+                    chunk = self.preprocess(images[start : start + _CHUNK])  # type: ignore[arg-type, index]
                 else:
                     decoded, rows, bad = self._decode(source, paths, rows, on_error)
                     skipped += bad

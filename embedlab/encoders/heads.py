@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from embedlab._ops import cosine, normalize
+
 
 def feature_size(backbone: nn.Module) -> int:
     """Number of features a backbone gives: its `out_features` or `num_features`, else found by one forward pass."""
@@ -19,7 +21,9 @@ def feature_size(backbone: nn.Module) -> int:
     backbone.train(training)
     if not isinstance(features, Tensor) or features.ndim != 2:
         got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f"A backbone must map images (B, C, H, W) to features (B, F); {type(backbone).__name__} gave {got}.")
+        raise ValueError(
+            f"A backbone must map images (B, C, H, W) to features (B, F); {type(backbone).__name__} gave {got}."
+        )
     return features.shape[1]
 
 
@@ -74,6 +78,40 @@ class LinearHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         out: Tensor = self.net(features)
         return out
+
+
+class CosineHead(nn.Module):
+    """Classifier by cosine to one weight vector per class, Gidaris and Komodakis 2018 (https://arxiv.org/abs/1804.09458).
+
+    With few labels it starts best as the class means of the features, Qi et al. 2018
+    (https://arxiv.org/abs/1712.07136): `imprint`.
+
+    Args:
+        out_features: Number of classes.
+        in_features: Size of the features.
+        scale: Multiplies the cosine; no unit, > 0.
+
+    Shape: features (B, in_features) to logits (B, out_features) in [-scale, scale].
+    """
+
+    def __init__(self, out_features: int, *, in_features: int, scale: float = 10.0) -> None:
+        super().__init__()
+        if scale <= 0:
+            raise ValueError(f"CosineHead needs scale > 0, got {scale}; 10 to 30 is usual.")
+        self.out_features = out_features
+        self.in_features = in_features
+        self.scale = scale
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+
+    @torch.no_grad()
+    def imprint(self, features: Tensor, labels: Tensor) -> None:
+        """Set each class's weight to the mean of its unit features (N, in_features), labels (N,)."""
+        features = normalize(features)
+        for number in labels.unique().tolist():
+            self.weight[number] = features[labels == number].mean(dim=0)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scale * cosine(features, self.weight)
 
 
 class MLPHead(nn.Module):

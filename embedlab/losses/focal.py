@@ -34,6 +34,8 @@ class FocalLoss(nn.Module):
         tensor(0.1733)
     """
 
+    class_weights: Tensor | None
+
     def __init__(self, gamma: float = 2.0, *, class_weights: Sequence[float] | None = None) -> None:
         super().__init__()
         _check_gamma("FocalLoss", gamma)
@@ -49,7 +51,7 @@ class FocalLoss(nn.Module):
             )
         log_p = F.log_softmax(at_least_float32(logits), dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)  # (B, ...)
         # -expm1(log p) = 1 - p without cancellation for p near 1
-        terms = -(-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny) ** self.gamma * log_p
+        terms = -((-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny) ** self.gamma) * log_p
         if self.class_weights is not None:
             terms = terms * self.class_weights.to(terms.dtype)[targets]
         return terms.mean()

@@ -35,14 +35,18 @@ def _union(
     if (reference is None) != (reference_labels is None):
         raise ValueError(f"{name} takes reference and reference_labels together, got only one of them.")
     if reference is not None and reference_labels is not None:
-        if reference.ndim != 2 or reference.shape[1] != embeddings.shape[1] or len(reference_labels) != len(reference):
-            raise ValueError(
-                f"{name}: reference {tuple(reference.shape)} with {len(reference_labels)} labels does not fit "
-                f"embeddings {tuple(embeddings.shape)}; it must be (M, D) with M labels."
-            )
+        _check_reference(name, embeddings, reference, reference_labels)
     if across_ranks:
         embeddings, labels = gather(embeddings), gather(labels)
     return cosine(embeddings, reference), *pair_masks(labels, reference_labels)
+
+
+def _check_reference(name: str, embeddings: Tensor, reference: Tensor, reference_labels: Tensor) -> None:
+    if reference.ndim != 2 or reference.shape[1] != embeddings.shape[1] or len(reference_labels) != len(reference):
+        raise ValueError(
+            f"{name}: reference {tuple(reference.shape)} with {len(reference_labels)} labels does not fit "
+            f"embeddings {tuple(embeddings.shape)}; it must be (M, D) with M labels."
+        )
 
 
 def _check_temperature(name: str, temperature: float) -> None:

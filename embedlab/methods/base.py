@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -60,8 +61,10 @@ class Method(pl.LightningModule):
         """The head that belongs to the encoder which `fit` leaves behind; None where it is thrown away."""
         return self.head
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Channels-last goes with bf16: alone, either is worth little."""
+    def setup(self, stage: str) -> None:
+        """Training mode, which Lightning leaves to us; channels-last with bf16, as alone either is worth little."""
+        if stage == "fit":
+            self.train()
         if "bf16" in str(self.trainer.precision):
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -73,7 +76,7 @@ class Method(pl.LightningModule):
         """Stop on NaN or infinity before it reaches the weights."""
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
-                f"The loss is {float(loss)} at step {self.global_step} (epoch {self.current_epoch}); the weights are "
+                f"The loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); the weights are "
                 "those of the step before. Usual causes: a learning rate too high, a temperature too low, or broken "
                 "images. The last checkpoint is in the run folder; lower the learning rate and go on with --resume."
             )
@@ -88,9 +91,8 @@ class Method(pl.LightningModule):
         optimizer = self.optimizer(groups)  # type: ignore[arg-type]
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         rise = self.warmup * steps
-        rates = [
-            lambda step, rate=group.get("rate", 1.0): rate * _warmup_cosine(step, rise, steps)
-            for group in groups
+        rates: list[Callable[[int], float]] = [
+            partial(_warmup_cosine, rise=rise, steps=steps, rate=group.get("rate", 1.0)) for group in groups
         ]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -104,7 +106,7 @@ def decay_groups(parameters: Iterable[nn.Parameter], rate: float = 1.0) -> list[
     return [group for group in (decayed, plain) if group["params"]]
 
 
-def _warmup_cosine(step: int, rise: float, steps: int) -> float:
+def _warmup_cosine(step: int, rise: float, steps: int, rate: float = 1.0) -> float:
     if step < rise:
-        return (step + 1) / (rise + 1)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, steps - rise))))
+        return rate * (step + 1) / (rise + 1)
+    return rate * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, steps - rise))))

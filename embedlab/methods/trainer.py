@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
+from tqdm import tqdm
 
 from embedlab.data.module import ImageData
 from embedlab.encoders import Encoder
 from embedlab.methods.base import Method
-
 
 # Advice that does not apply: our batches are decoded already, our samplers share data among ranks themselves
 _NOISE = (
     ".*does not have many workers.*",
     ".*number of training batches.*smaller than the logging interval.*",
     ".*LightningCLI's args parameter is intended to run from within Python.*",
+    ".*Total length of `list` across ranks is zero.*",
+    ".*module\\(s\\) in eval mode at the start of training.*",
     ".*No seed found, seed set to.*",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     ".*Checkpoint directory .* exists and is not empty.*",
@@ -31,6 +34,40 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+
+
+class StepBar(pl.Callback):
+    """One bar over all optimizer steps, on stderr, instead of one per epoch.
+
+    Args:
+        description: What is being trained.
+    """
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.bar: tqdm[NoReturn] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Open the bar in the first process."""
+        total = int(trainer.estimated_stepping_batches)
+        self.bar = tqdm(total=total, desc=self.description, unit="step", disable=not trainer.is_global_zero)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Move on, and show the loss every twentieth step."""
+        assert self.bar is not None
+        self.bar.update(trainer.global_step - self.bar.n)
+        if trainer.global_step % 20 == 0 and "train/loss" in trainer.callback_metrics:
+            self.bar.set_postfix(loss=f"{trainer.callback_metrics['train/loss'].item():.3f}", refresh=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Close it."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:  # noqa: ARG002
+        """Leave the terminal in order."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 class SaveEncoder(pl.Callback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -10,8 +9,6 @@ from typing import Any
 
 import numpy as np
 from scipy.special import betaincinv
-
-logger = logging.getLogger("embedlab")
 
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -43,7 +40,6 @@ class Calibration:
         fmr_bound: Upper confidence bound of that rate.
         fmr_observed: The rate on the calibration strangers.
         true_accept_rate: Share of the genuine images accepted as who they are; None without any.
-        notes: What weakens the promise, in sentences.
     """
 
     threshold: float
@@ -64,17 +60,16 @@ class Calibration:
     fmr_bound: float | None = None
     fmr_observed: float | None = None
     true_accept_rate: float | None = None
-    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON knows it."""
-        return asdict(self) | {"notes": list(self.notes)}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Calibration:
         """The inverse of `to_dict`."""
         known = {field.name for field in fields(cls)}
-        return cls(**{k: v for k, v in content.items() if k in known} | {"notes": tuple(content["notes"])})
+        return cls(**{k: v for k, v in content.items() if k in known})
 
 
 def strangers_needed(fpir: float, confidence: float = 0.95) -> float:
@@ -113,8 +108,8 @@ def calibrate_threshold(
     The highest threshold that truly breaks the promise is therefore passed only if its own bound fails, which
     happens with probability 1 - confidence: choosing the threshold on the same strangers costs no confidence.
 
-    What it rests on: the strangers are drawn from the strangers to come. With fewer identities than
-    `strangers_needed`, it also rests on the correlation being the same for all of them, which `notes` then says.
+    What it rests on: the strangers are drawn from the strangers to come. It refuses fewer *identities* than
+    `strangers_needed`, however many images they have: one look-alike in ten strangers is easily missed among ten.
 
     Args:
         scores: (N,) the best identity's score for each stranger image, larger is more alike.
@@ -127,7 +122,7 @@ def calibrate_threshold(
         The calibration; the threshold lies one float above the highest score that must stay unknown.
 
     Raises:
-        CalibrationError: Fewer effective strangers than `strangers_needed`; says how many it takes.
+        CalibrationError: Fewer stranger identities than `strangers_needed`; says how many it takes.
         ValueError: Scores that are not finite, lengths that differ, rates outside (0, 1).
 
     Example:
@@ -152,7 +147,7 @@ def calibrate_threshold(
     sizes = np.bincount(groups)  # (n,) images of each identity
     correlation = _score_correlation(values.astype(np.float64), groups, sizes)
     effective = _effective(sizes, correlation)
-    _refuse_if_unsupported(effective, len(sizes), len(values), fpir, confidence)
+    _refuse_if_unsupported(len(sizes), len(values), fpir, confidence)
 
     order = np.argsort(-values, kind="stable")
     descending = values[order]
@@ -170,7 +165,6 @@ def calibrate_threshold(
         images=len(values),
         effective_strangers=float(effective),
         correlation=correlation,
-        notes=_notes(len(sizes), fpir, confidence),
     )
 
 
@@ -253,24 +247,12 @@ def _effective(sizes: np.ndarray[Any, Any], correlation: Any) -> Floats:
     return np.asarray(len(sizes) ** 2 / variance, dtype=float)
 
 
-def _refuse_if_unsupported(effective: Any, identities: int, images: int, fpir: float, confidence: float) -> None:
+def _refuse_if_unsupported(identities: int, images: int, fpir: float, confidence: float) -> None:
     needed = strangers_needed(fpir, confidence)
-    if effective < needed * (1 - 1e-12):
-        possible = 1 - (1 - confidence) ** (1 / effective)
+    if identities < needed * (1 - 1e-12):
+        possible = 1 - (1 - confidence) ** (1 / identities)
         raise CalibrationError(
             f"A false-positive identification rate of {fpir:g} with {confidence:.0%} confidence needs "
-            f"{math.ceil(needed - 1e-9)} independent strangers; these {images} images of {identities} strangers are "
-            f"worth {effective:.1f}. Bring more strangers, or ask for fpir >= {possible:.3g}."
+            f"{math.ceil(needed - 1e-9)} strangers; these {images} images show {identities}, and ten pictures of one "
+            f"stranger are not ten strangers. Bring more strangers, or ask for fpir >= {possible:.3g}."
         )
-
-
-def _notes(identities: int, fpir: float, confidence: float) -> tuple[str, ...]:
-    needed = math.ceil(strangers_needed(fpir, confidence) - 1e-9)
-    if identities >= needed:
-        return ()
-    note = (
-        f"{identities} strangers are fewer than {needed}: the promise also rests on all strangers being about equally "
-        "alike to the gallery, which so few cannot show."
-    )
-    logger.warning("Calibration: %s", note)
-    return (note,)

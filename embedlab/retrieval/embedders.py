@@ -26,7 +26,7 @@ class Embedder(Protocol):
         """Numbers per vector, None where it is not known before the first image."""
         ...
 
-    def embed(self, images: Any, **options: Any) -> Embeddings:
+    def embed(self, images: Any) -> Embeddings:
         """Embed image paths, or an array (N, C, H, W)."""
         ...
 

@@ -83,7 +83,7 @@ def _labels(embeddings: Embeddings, name: str) -> list[str]:
 
 def table(rows: dict[str, dict[str, Any]], columns: list[str]) -> str:
     """Aligned text: one line per row name, one column per figure, the interval behind it."""
-    lines = [[""] + columns]
+    lines = [["", *columns]]
     for name, figures in rows.items():
         cells = [name]
         for column in columns:

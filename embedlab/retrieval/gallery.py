@@ -467,7 +467,8 @@ class Gallery:
             images: What the embedder takes: paths, an array (N, C, H, W), for an `Encoder` also a data source.
             options: Of the embedder's `embed`, such as `on_error` and `batch_size` of an `Encoder`.
         """
-        return self.embedder.embed(images, **options)
+        embed: Callable[..., Embeddings] = self.embedder.embed
+        return embed(images, **options)
 
     def search(
         self, images: Any = None, *, embeddings: Any = None, k: int = 10, where: dict[str, Any] | None = None

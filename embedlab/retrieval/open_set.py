@@ -146,11 +146,13 @@ def open_set_trial(
         fpir: Target false-positive identification rate.
         fusion: See `Gallery.create`.
     """
-    with tempfile.TemporaryDirectory(prefix="embedlab-") as place:
-        with Gallery.create(Path(place) / "gallery", dim=enroll.vectors.shape[1], fusion=fusion) as gallery:
-            gallery.enroll(embeddings=enroll)
-            gallery.calibrate(embeddings=strangers, fpir=fpir)
-            return evaluate_gallery(gallery, probes)
+    with (
+        tempfile.TemporaryDirectory(prefix="embedlab-") as place,
+        Gallery.create(Path(place) / "gallery", dim=enroll.vectors.shape[1], fusion=fusion) as gallery,
+    ):
+        gallery.enroll(embeddings=enroll)
+        gallery.calibrate(embeddings=strangers, fpir=fpir)
+        return evaluate_gallery(gallery, probes)
 
 
 def take(embeddings: Embeddings, rows: Mask | Sequence[int]) -> Embeddings:

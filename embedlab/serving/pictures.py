@@ -71,7 +71,7 @@ def _show(axis: Any, image: np.ndarray, caption: str, color: str | None) -> None
 
 
 def project(vectors: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Place (N, D) vectors in the plane by t-SNE on the cosine distance, (N, 2); few vectors by their first two axes."""
+    """Place (N, D) vectors in the plane, (N, 2): t-SNE on the cosine distance, for few vectors two principal axes."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -112,7 +112,7 @@ def draw_map(
     color = {name: palette[number % 10] for number, name in enumerate(names.tolist())}
     for name in names[:10].tolist():
         axis.scatter([], [], marker="s", color=color[name], label=name)
-    axis.scatter(*places.T, s=0)
+    axis.scatter(places[:, 0], places[:, 1], s=0)
     zoom = 18 / max(images.shape[1:3])
     for place, image, group in zip(places, images, groups, strict=True):
         picture = OffsetImage(np.squeeze(image), zoom=zoom, cmap="gray")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from embedlab._ops import gather
 from embedlab._types import Batch
 from embedlab.data import ImageData
-from embedlab.encoders import Encoder, LinearHead
+from embedlab.encoders import CosineHead, Encoder, LinearHead
 from embedlab.methods import Method
 from embedlab.methods.base import decay_groups
 from embedlab.metrics import classification_report
@@ -28,6 +28,7 @@ class Classification(Method):
     Args:
         backbone: Normalised images (B, C, H, W) to features (B, F); or give `encoder`.
         encoder: Folder of a saved encoder whose backbone to start from; the data's mean and std must be its own.
+        classifier: "linear", or "cosine", which starts from the class means of the features and suits few labels.
         loss: (logits (B, C), targets (B,)) to a scalar; None is cross entropy, `FocalLoss` suits rare classes.
         freeze: Train the classifier only (linear probe); the backbone also keeps its batch statistics.
         backbone_rate: The backbone's learning rate as a share of the classifier's.
@@ -40,6 +41,7 @@ class Classification(Method):
         backbone: nn.Module | None = None,
         *,
         encoder: str | Path | None = None,
+        classifier: Literal["linear", "cosine"] = "linear",
         loss: nn.Module | None = None,
         freeze: bool = False,
         backbone_rate: float = 1.0,
@@ -51,7 +53,8 @@ class Classification(Method):
         start = None if encoder is None else Encoder.load(encoder)
         super().__init__(start.backbone if start else backbone, optimizer=optimizer, warmup=warmup)  # type: ignore[arg-type]
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
-        self.freeze = freeze
+        self.classifier = classifier
+        self.frozen = freeze
         self.backbone_rate = backbone_rate
         self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []
         self._started_from = None if start is None else start.preprocessing
@@ -81,13 +84,30 @@ class Classification(Method):
         if self.head is None:
             if data.num_classes < 2:
                 raise ValueError(f"Classification needs images of two classes or more, got {data.num_classes}.")
-            self.head = LinearHead(data.num_classes, in_features=self.dim)
+            kind = LinearHead if self.classifier == "linear" else CosineHead
+            self.head = kind(data.num_classes, in_features=self.dim)
         super().setup(stage)
+
+    @torch.no_grad()
+    def on_train_start(self) -> None:
+        """A fresh cosine classifier starts at the class means of the plain training images."""
+        if not isinstance(self.head, CosineHead) or self.global_step:
+            return
+        data: ImageData = self.trainer.datamodule  # type: ignore[attr-defined]
+        dataset = data.dataset("train")
+        self.eval()
+        features, labels = [], []
+        for start in range(0, len(dataset), data.batch_size):
+            batch = dataset[list(range(start, min(start + data.batch_size, len(dataset))))].to(self.device)
+            features.append(self.backbone(data.plain(batch.views[0])))
+            labels.append(batch.labels)
+        self.train()
+        self.head.imprint(torch.cat(features), torch.cat(labels))
 
     def train(self, mode: bool = True) -> Classification:
         """A frozen backbone stays in evaluation mode, so that its batch statistics do not move."""
         super().train(mode)
-        if self.freeze:
+        if self.frozen:
             self.backbone.eval()
         return self
 

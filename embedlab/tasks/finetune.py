@@ -16,7 +16,7 @@ from torch import nn
 
 from embedlab.data import ImageData
 from embedlab.encoders import Encoder
-from embedlab.methods.trainer import SaveEncoder, quiet
+from embedlab.methods.trainer import SaveEncoder, StepBar, quiet
 from embedlab.metrics import bootstrap_interval, classification_report
 from embedlab.tasks.classification import Classification
 
@@ -26,9 +26,10 @@ def finetune(
     encoder: Encoder,
     *,
     steps: int = 300,
-    rate: float = 1e-3,
-    backbone_rate: float = 0.3,
+    rate: float = 1e-2,
+    backbone_rate: float = 0.03,
     weight_decay: float = 0.05,
+    classifier: Literal["linear", "cosine"] = "cosine",
     loss: nn.Module | None = None,
     freeze: bool = False,
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed",
@@ -45,6 +46,7 @@ def finetune(
         rate: Learning rate of the classifier, AdamW.
         backbone_rate: The backbone's, as a share of `rate`.
         weight_decay: Of AdamW.
+        classifier: See `Classification`.
         loss: See `Classification`.
         freeze: Train the classifier only.
         precision: Of the network while it trains; tests run the same.
@@ -59,6 +61,7 @@ def finetune(
     torch.manual_seed(seed)
     model = Classification(
         copy.deepcopy(encoder.backbone),
+        classifier=classifier,
         loss=loss,
         freeze=freeze,
         backbone_rate=backbone_rate,
@@ -69,10 +72,10 @@ def finetune(
         precision=precision,
         logger=False,
         enable_checkpointing=run is not None,
-        callbacks=[] if run is None else [SaveEncoder(Path(run) / "encoder")],
+        callbacks=[*([StepBar("fine-tune")] if progress else []), *([SaveEncoder(Path(run) / "encoder")] if run else [])],
         default_root_dir=run,
         enable_model_summary=False,
-        enable_progress_bar=progress,
+        enable_progress_bar=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -94,6 +97,9 @@ def finetune(
         "seed": seed,
         "split_seed": data.seed,
         "freeze": freeze,
+        "classifier": classifier,
+        "rate": rate,
+        "backbone_rate": backbone_rate,
         "loss": type(model.loss).__name__,
         "precision": precision,
         "encoder": encoder.fingerprint,

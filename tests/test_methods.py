@@ -1,0 +1,223 @@
+import json
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from embedlab._types import Batch
+from embedlab.data import ImageData, Source, Views
+from embedlab.encoders import Encoder, MLPHead, ResNet
+from embedlab.losses import SupConLoss, TripletLoss
+from embedlab.methods import MetricLearning, NonFiniteLossError, SimCLR
+from embedlab.methods.base import _warmup_cosine
+from embedlab.methods.trainer import SaveEncoder
+from embedlab.retrieval.monitor import Monitor
+from embedlab.tasks import Classification, finetune
+
+
+def source(classes: int = 6, images: int = 8, *, columns=None) -> Source:
+    """Classes that differ in colour, with noise: learnable in a few steps."""
+    random = np.random.default_rng(0)
+    colours = random.integers(30, 226, (classes, 1, 1, 1, 3))
+    pixels = (colours + random.normal(0, 20, (classes, images, 12, 12, 3))).clip(0, 255).astype(np.uint8)
+    labels = [f"class {number}" for number in range(classes) for _ in range(images)]
+    return Source.from_arrays(pixels.reshape(-1, 12, 12, 3), labels, columns=columns)
+
+
+def data(**arguments) -> ImageData:
+    settings = {"image_size": 12, "batch_size": 12, "images_per_class": 3, "fractions": (0.5, 0.25, 0.25)}
+    return ImageData(arguments.pop("root", None) or source(), **{**settings, **arguments})
+
+
+def net() -> ResNet:
+    torch.manual_seed(0)
+    return ResNet("resnet10", stem="small", width=0.125, norm="group")
+
+
+def trainer(folder, **arguments) -> pl.Trainer:
+    settings = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    return pl.Trainer(default_root_dir=folder, use_distributed_sampler=False, **{**settings, **quiet, **arguments})
+
+
+@pytest.mark.parametrize("loss", [SupConLoss(), TripletLoss(mining="batch-hard", margin=0.3)])
+def test_metric_learning_learns_and_leaves_an_encoder(tmp_path, loss) -> None:
+    method = MetricLearning(
+        net(), MLPHead(8, norm="layer"), loss=loss, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3)
+    )
+    run = trainer(tmp_path, max_epochs=6, callbacks=[SaveEncoder(), Monitor()])
+    module = data(views=Views(crop_scale=(0.8, 1.0), jitter=0.0, grayscale=0.0))
+    run.fit(method, datamodule=module)
+    assert run.callback_metrics["val/recall@1"] > 0.6
+    encoder = Encoder.load(tmp_path / "encoder")
+    assert encoder.dim == 8
+    assert encoder.preprocessing == json.loads(json.dumps(module.preprocessing | {"mean": list(module.mean)}))
+    images = torch.from_numpy(source().pixels[:3].transpose(0, 3, 1, 2).copy())
+    expected = nn.functional.normalize(method.eval()(module.normalize(images / 255)))
+    torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_simclr_uses_two_views_and_no_labels(tmp_path) -> None:
+    unlabelled = Source.from_arrays(source().pixels)
+    module = data(root=unlabelled, split="none", images_per_class=None, views=Views(count=2))
+    method = SimCLR(net(), MLPHead(8, norm="layer"))
+    run = trainer(tmp_path, callbacks=[SaveEncoder()])
+    run.fit(method, datamodule=module)
+    assert Encoder.load(tmp_path / "encoder").dim == net().out_features, "the projection head is thrown away"
+    with pytest.raises(ValueError, match="SimCLR needs two views per image, got one; set data.init_args.views.count"):
+        trainer(tmp_path).fit(SimCLR(net()), datamodule=data(root=unlabelled, split="none", images_per_class=None))
+
+
+def test_a_foreign_loss_works(tmp_path) -> None:
+    class Foreign(nn.Module):
+        def forward(self, embeddings, labels):
+            return (embeddings.norm(dim=1) - labels).square().mean()
+
+    method = MetricLearning(net(), loss=Foreign())
+    before = [p.clone() for p in method.parameters()]
+    trainer(tmp_path, max_epochs=1).fit(method, datamodule=data())
+    assert any(not torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_loss_stops_before_the_weights_change(tmp_path, bad) -> None:
+    class Breaks(nn.Module):
+        gather, calls = True, 0
+
+        def forward(self, embeddings, labels):
+            self.calls += 1
+            return embeddings.square().sum() * (bad if self.calls == 3 else 1.0)
+
+    weights = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *arguments):
+            weights[:] = [p.detach().clone() for p in arguments[1].parameters()]
+
+    method = MetricLearning(net(), loss=Breaks())
+    with pytest.raises(NonFiniteLossError, match=rf"The loss is {bad} at step 2 \(epoch \d\); .* go on with --resume"):
+        trainer(tmp_path, max_epochs=9, callbacks=[Watch()]).fit(method, datamodule=data())
+    assert all(torch.equal(a, b) for a, b in zip(weights, method.parameters(), strict=True))
+
+
+def test_bf16_also_means_channels_last(tmp_path) -> None:
+    method = MetricLearning(net(), MLPHead(8, norm="layer"))
+    trainer(tmp_path, max_epochs=1, precision="bf16-mixed").fit(method, datamodule=data())
+    assert method.backbone.net.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_biases_have_no_weight_decay_and_the_rate_warms_up() -> None:
+    method = MetricLearning(net(), MLPHead(8))
+    decayed, plain = method.parameter_groups()
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert plain["weight_decay"] == 0
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(method.parameters()))
+    rates = [_warmup_cosine(step, 10, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == rates[10] == 1
+    assert rates[100] == pytest.approx(0)
+
+
+def test_two_equal_runs_are_equal(tmp_path) -> None:
+    found = []
+    for _ in range(2):
+        method = MetricLearning(net(), MLPHead(8, norm="layer", hidden_layers=0))
+        trainer(tmp_path).fit(method, datamodule=data())
+        found.append(torch.cat([p.detach().flatten() for p in method.backbone.parameters()]))
+    assert torch.equal(*found)
+
+
+def test_data_roles_numbers_and_split_file(tmp_path) -> None:
+    from pytorch_lightning.loggers import CSVLogger
+
+    module = data(seed=3)
+    trainer(tmp_path, max_epochs=1, logger=CSVLogger(tmp_path, "", "")).fit(MetricLearning(net()), datamodule=module)
+    labels = np.array(module.source.labels)
+    sets = [set(labels[module.roles == role]) for role in ("train", "calibrate", "test")]
+    assert not sets[0] & sets[1] | sets[0] & sets[2] | sets[1] & sets[2]
+    assert module.num_classes == len(sets[0])
+    assert set(module.numbers[module.roles == "train"]) == set(range(module.num_classes))
+    written = (tmp_path / "split.csv").read_text().splitlines()
+    assert written[0] == "path,label,split"
+    assert len(written) == 1 + len(labels)
+
+
+@pytest.mark.parametrize("cache", [4.0, 0.0], ids=["cached", "decoded each time"])
+def test_batches_are_the_same_with_and_without_the_cache(cache) -> None:
+    module = data(cache_gib=cache)
+    module.setup()
+    batch = next(iter(module.train_dataloader()))
+    assert isinstance(batch, Batch)
+    assert batch.views[0].dtype == torch.uint8
+    pixels = module.source.pixels[batch.index.numpy()].transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(batch.views[0].numpy(), pixels)
+    assert [module.class_names[n] for n in batch.labels] == [module.source.labels[row] for row in batch.index]
+
+
+def test_few_labels_per_class_are_the_same_for_a_seed() -> None:
+    chosen = []
+    for seed in (0, 0, 1):
+        module = data(split="sample", labels_per_class=2, images_per_class=None, seed=seed, fractions=(0.8, 0.0, 0.2))
+        module.setup()
+        dataset = module.dataset("train")
+        assert np.bincount(dataset.labels).tolist() == [2] * 6
+        chosen.append(dataset.rows.tolist())
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_roles_from_a_column() -> None:
+    roles = np.array(["train", "val", "test"])[np.arange(48) % 3].tolist()
+    module = data(root=source(columns={"split": roles}), split="column")
+    module.setup()
+    assert module.roles.tolist() == [{"val": "calibrate"}.get(role, role) for role in roles]
+    wrong = data(root=source(columns={"split": ["training"] * 48}), split="column")
+    with pytest.raises(ValueError, match="must hold train, calibrate .or val. and test; got \\['training'\\]"):
+        wrong.setup()
+    with pytest.raises(ValueError, match="split=group needs a column 'group'"):
+        data(split="group").setup()
+    with pytest.raises(ValueError, match="split=class needs labels"):
+        data(root=Source.from_arrays(source().pixels)).setup()
+
+
+def test_classification_fine_tunes_and_reports(tmp_path) -> None:
+    module = data(
+        split="sample", images_per_class=None, fractions=(0.5, 0.25, 0.25), views=Views(jitter=0, grayscale=0)
+    )
+    encoder = Encoder(net(), image_size=12)
+    before = encoder.fingerprint
+    report = finetune(module, encoder, steps=60, rate=1e-2, backbone_rate=0.3, run=tmp_path / "run", progress=False)
+    assert report["accuracy"] > 0.5
+    assert encoder.fingerprint == before, "the encoder that was given stays as it is"
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["accuracy"] == report["accuracy"]
+    lines = (tmp_path / "run" / "predictions.csv").read_text().splitlines()
+    right = [line.split(",")[1] == line.split(",")[2] for line in lines[1:]]
+    assert sum(right) / len(right) == pytest.approx(report["accuracy"])
+    assert Encoder.load(tmp_path / "run" / "encoder").fingerprint != before
+
+
+def test_a_linear_probe_leaves_the_backbone_alone(tmp_path) -> None:
+    backbone = ResNet("resnet10", stem="small", width=0.125)  # with batch statistics, which must not move either
+    state = {name: value.clone() for name, value in backbone.state_dict().items()}
+    task = Classification(backbone, freeze=True)
+    trainer(tmp_path).fit(task, datamodule=data(split="sample", images_per_class=None))
+    assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
+    assert {group["rate"] for group in task.parameter_groups()} == {1.0}
+
+
+def test_a_classifier_explains_what_it_cannot_do(tmp_path) -> None:
+    with pytest.raises(ValueError, match="2 classes have no training image, first .*: a classifier can only name"):
+        trainer(tmp_path).fit(Classification(net()), datamodule=data(fractions=(0.67, 0.17, 0.16)))
+    with pytest.raises(ValueError, match="either a backbone or a saved encoder"):
+        Classification()
+    Encoder(net(), image_size=12, mean=[0.1, 0.1, 0.1]).save(tmp_path / "encoder")
+    task = Classification(encoder=tmp_path / "encoder")
+    with pytest.raises(ValueError, match="set data.init_args.mean and std to the encoder's"):
+        trainer(tmp_path).fit(task, datamodule=data(split="sample", images_per_class=None))
+
+
+def test_the_backbone_learns_at_its_own_rate() -> None:
+    task = Classification(net(), backbone_rate=0.1)
+    rates = {id(p): group["rate"] for group in task.parameter_groups() for p in group["params"]}
+    assert {rates[id(p)] for p in task.backbone.parameters()} == {0.1}
