@@ -299,6 +299,11 @@ class Gallery:
         now = self._now()
         return dict(zip(now.names, now.templates.tolist(), strict=True))
 
+    def metadata(self) -> dict[int, dict[str, Any]]:
+        """What was given with each template, by id; an empty dict where there was nothing."""
+        now = self._now()
+        return {key: json.loads(note) if note else {} for key, note in zip(now.ids.tolist(), now.metadata, strict=True)}
+
     def embeddings(self) -> Embeddings:
         """All templates with labels and ids; a copy."""
         now = self._now()
