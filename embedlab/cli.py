@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return fit(arguments[1:])
         options = _parser().parse_args(arguments)
         with contextlib.redirect_stdout(sys.stderr):  # bars and logs of libraries; stdout is for the result
-            result = options.run(options)
+            result = options.command(options)
         _print(result, options)
         return int(result.get("exit", 0)) if isinstance(result, dict) else 0
     except KeyboardInterrupt:
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], Result], help: str) -> Any:
     parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout; bars and logs go to stderr")
-    parser.set_defaults(run=run)
+    parser.set_defaults(command=run)
     return parser
 
 

@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch import nn
 
+from embedlab.data import ImageData, Views
 from embedlab.methods import Method
 from embedlab.methods.trainer import SaveEncoder, quiet
 from embedlab.retrieval.monitor import Monitor
 
 log = logging.getLogger("embedlab")
 
-_ROOMS = ("data", "encoders", "losses", "methods", "tasks")
 _WRONG_KEY = re.compile(
-    r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: -*([\w.]+)|[Kk]ey '?([\w.]+)'? is not"
+    r"[Oo]ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|[Uu]nrecognized arguments: -*([\w.]+)"
 )
 
 
@@ -55,28 +56,27 @@ class _Parser(LightningArgumentParser):
         return "--print_config shows every key with its value; 'embedlab fit --help' lists the options."
 
     def _known_names(self, message: str) -> list[str]:
-        """Last words of all options, and the constructor arguments of our classes and of those in the message."""
+        """Words of all options, and the constructor arguments of our classes and of those in the message."""
         names = {word for action in self._actions for word in action.dest.split(".")}
-        classes = [kind for room in _ROOMS for kind in _classes_of(f"embedlab.{room}")]
-        for path in re.findall(r"class_path '([\w.]+)'", message):
-            module, _, name = path.rpartition(".")
-            try:
-                classes.append(getattr(importlib.import_module(module), name))
-            except (ImportError, AttributeError, ValueError):
-                continue
-        for kind in classes:
-            names |= set(inspect.signature(kind).parameters)
-        return sorted(names - {"self", "help"})
+        for kind in [*_our_classes(), *_named_classes(message)]:
+            names |= set(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
+        names |= {"trainer", "model", "data"} | set(inspect.signature(pl.Trainer.__init__).parameters)
+        return sorted(names - {"self", "help", "args", "kwargs"})
 
 
-def _classes_of(module: str) -> list[type]:
-    loaded = importlib.import_module(module)
-    members = list(vars(loaded).values())
-    if module == "embedlab.data":
-        from embedlab.data import ImageData, Views
+def _our_classes() -> list[type]:
+    rooms = [vars(importlib.import_module(f"embedlab.{room}")) for room in ("encoders", "losses", "methods", "tasks")]
+    found = [member for room in rooms for member in room.values() if inspect.isclass(member)]
+    return [ImageData, Views, *(kind for kind in found if issubclass(kind, nn.Module))]
 
-        members = [ImageData, Views]
-    return [member for member in members if inspect.isclass(member)]
+
+def _named_classes(message: str) -> list[type]:
+    found = []
+    for path in re.findall(r"class_path '([\w.]+)'", message):
+        module, _, name = path.rpartition(".")
+        with contextlib.suppress(ImportError, AttributeError, ValueError):
+            found.append(getattr(importlib.import_module(module), name))
+    return found
 
 
 def _innermost(message: str) -> str:
@@ -87,7 +87,7 @@ def _innermost(message: str) -> str:
         for line in lines
         if line and not line.startswith(("Given value", "Subtypes", "Errors", "Expected a <class 'NoneType'"))
     ]
-    told = [line for line in lines if "is not accepted" in line or "Expected a" in line]
+    told = [line for line in lines if _WRONG_KEY.search(line) or "Expected a" in line]
     inner = (told or lines or [message])[0]
     place = next((line.removesuffix(":") for line in lines if line.startswith("Parser key")), "")
     return inner if not place or place in inner else f"{place}: {inner}"
@@ -156,6 +156,13 @@ def _prepare(run: Path, *, resume: bool) -> Path | None:
             f"{run} already holds a run. Go on with it by --resume, choose another folder by --run, or delete it."
         )
     return None
+
+
+def _keep_metrics(run: Path) -> None:
+    """The logger begins a new metrics.csv; the part before a resume stays as metrics-1.csv, metrics-2.csv, ..."""
+    if (run / "metrics.csv").exists():
+        number = 1 + len(list(run.glob("metrics-*.csv")))
+        (run / "metrics.csv").rename(run / f"metrics-{number}.csv")
 
 
 def _newest_checkpoint(run: Path) -> Path | None:

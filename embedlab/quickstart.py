@@ -42,7 +42,14 @@ COPIES = 4  # distorted pictures of each training character in each style
 TEMPLATES = 3  # enrolled pictures per identity
 LABELS = (2, 10)  # labelled digits per class
 STILL = Views(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grayscale=0.0)
-DIGIT_VIEWS = {"crop_ratio": (0.8, 1.25), "flip": 0.0, "brightness": 0.3, "contrast": 0.3, "grayscale": 0.0, "pad": "zeros"}
+DIGIT_VIEWS = {
+    "crop_ratio": (0.8, 1.25),
+    "flip": 0.0,
+    "brightness": 0.3,
+    "contrast": 0.3,
+    "grayscale": 0.0,
+    "pad": "zeros",
+}
 PRETRAIN_VIEWS = Views(count=2, crop_scale=(0.4, 1.0), degrees=20, shear=0.3, translate=0.1, erase=0.5, **DIGIT_VIEWS)  # type: ignore[arg-type]
 
 
@@ -99,9 +106,13 @@ def run(out: Path, *, seed: int = 0, fpir: float = 0.05, effort: float = 1.0) ->
     with job.phase("choice", f"[3/6] Choose the gallery's layer on {_identities(calibrate)} other characters"):
         encoder, layer = _choose_layer(job, headed, calibrate)
         encoder.save(job.out / "encoder")
-    with job.phase("gallery", f"[4/6] Enroll half of {_identities(test)} characters of alphabets never seen, probe with all"):
+    with job.phase(
+        "gallery", f"[4/6] Enroll half of {_identities(test)} characters of alphabets never seen, probe with all"
+    ):
         trials, removal = _gallery(job, encoder, split.train, calibrate, test)
-    with job.phase("transfer", "[5/6] Pre-train on handwritten digits without labels, fine-tune with 2 and 10 labels a digit"):
+    with job.phase(
+        "transfer", "[5/6] Pre-train on handwritten digits without labels, fine-tune with 2 and 10 labels a digit"
+    ):
         transfer = _transfer(job)
     report = _report(job, layer, trials, removal, transfer)
     with job.phase("pictures", "[6/6] Draw the decisions and a map of the embedding"):
@@ -148,7 +159,7 @@ def _train_characters(job: Run, glyphs: Glyphs) -> Encoder:
         views=STILL,
         seed=job.seed,
     )
-    _train(method, data, job.steps(1200), "characters")
+    _train(method, data, job.steps(1500), "characters")
     return Encoder(method.backbone, method.head, **data.preprocessing).eval()  # type: ignore[arg-type]
 
 
@@ -249,7 +260,9 @@ def _transfer(job: Run) -> dict[str, Any]:
     digits = load_digits()
     images = np.round(digits.images / 16 * 255).astype(np.uint8)
     labels = [str(target) for target in digits.target]
-    found: dict[str, dict[int, list[float]]] = {name: {n: [] for n in LABELS} for name in ("finetuned", "scratch", "raw")}
+    found: dict[str, dict[int, list[float]]] = {
+        name: {n: [] for n in LABELS} for name in ("finetuned", "scratch", "raw")
+    }
     for seed in range(job.seed, job.seed + 3):
         data = _digits(images, labels, seed)
         torch.manual_seed(seed)
@@ -267,13 +280,22 @@ def _transfer(job: Run) -> dict[str, Any]:
         for number in LABELS:
             for name, start, rate in (("finetuned", pretrained, 0.03), ("scratch", scratch, 0.3)):
                 few = _digits(images, labels, seed, labels_per_class=number)
-                few.views = Views(count=max(1, 64 // (10 * number)), crop_scale=(0.6, 1.0), degrees=15, shear=0.2,
-                                  translate=0.06, **DIGIT_VIEWS)  # type: ignore[arg-type]
+                few.views = Views(
+                    count=max(1, 64 // (10 * number)),
+                    crop_scale=(0.6, 1.0),
+                    degrees=15,
+                    shear=0.2,
+                    translate=0.06,
+                    **DIGIT_VIEWS,
+                )  # type: ignore[arg-type]
                 figures = finetune(few, start, steps=job.steps(60), backbone_rate=rate, seed=seed, progress=False)
                 found[name][number].append(float(figures["accuracy"]))
             found["raw"][number].append(_raw_pixels(few))
     return {
-        name: {str(number): {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1)), "seeds": v} for number, v in by.items()}
+        name: {
+            str(number): {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1)), "seeds": v}
+            for number, v in by.items()
+        }
         for name, by in found.items()
     }
 
@@ -329,7 +351,9 @@ def _pictures(job: Run, encoder: Encoder, test: Glyphs) -> None:
         groups.setdefault(kind, []).append(Decision(probes.images[row], f"{kind}: {_letter(label)}", color, near))
     kinds = ("right", "wrong name", "refused", "stranger refused", "stranger accepted")
     sheet = [decision for kind in kinds for decision in groups.get(kind, [])[:4]]
-    title = "Probe (framed) and its nearest templates with their cosine; green: as it should be, red: wrong, grey: refused"
+    title = (
+        "Probe (framed) and its nearest templates with their cosine; green: as it should be, red: wrong, grey: refused"
+    )
     draw_decisions(job.out / "decisions.png", sheet, title=title)
     shown = np.flatnonzero(np.array(test.styles) == "Sans")
     sample = test.take(np.concatenate([shown, np.flatnonzero(np.array(test.styles) == "Serif-Bold")]))
@@ -385,15 +409,22 @@ def _versions() -> dict[str, str]:
 def _text(report: dict[str, Any], out: Path, encoder: Encoder) -> str:
     trained = report["open_set"]
     columns = ["closed_set_accuracy", "detection_rate", "observed_fpir"]
-    rows = {"trained": trained, "raw pixels": report["baselines"]["raw_pixels"], "untrained": report["baselines"]["untrained"]}
+    rows = {
+        "trained": trained,
+        "raw pixels": report["baselines"]["raw_pixels"],
+        "untrained": report["baselines"]["untrained"],
+    }
     low, high = trained["intervals"]["observed_fpir"]
     removal = report["removal"]
     transfer = {
         name: {f"{number} labels a digit": f"{row['mean']:.3f} ± {row['sd']:.3f}" for number, row in by.items()}
         for name, by in report["transfer"].items()
     }
-    told = {"finetuned": "pre-trained without labels, then fine-tuned", "scratch": "the same network from scratch",
-            "raw": "1-nearest-neighbour on raw pixels"}
+    told = {
+        "finetuned": "pre-trained without labels, then fine-tuned",
+        "scratch": "the same network from scratch",
+        "raw": "1-nearest-neighbour on raw pixels",
+    }
     lines = [
         f"{trained['enrolled']} characters enrolled with {TEMPLATES} pictures each, {trained['genuine_probes']} other "
         f"pictures of them, {trained['stranger_probes']} of {trained['strangers']} strangers",
@@ -405,10 +436,12 @@ def _text(report: dict[str, Any], out: Path, encoder: Encoder) -> str:
         f"removed {removal['identity']}: {removal['unknown_while_removed']} of its {removal['pictures']} pictures unknown "
         f"({removal['named_before']} named before, {removal['named_after_enrolling_again']} after enrolling it again)",
         "",
-        "handwritten digits, test accuracy over three seeds".ljust(52) + "   ".join(
-            f"{number:2d} labels a digit" for number in LABELS),
+        "handwritten digits, test accuracy over three seeds".ljust(52)
+        + "   ".join(f"{number:2d} labels a digit" for number in LABELS),
     ]
-    lines += [told[name].ljust(52) + "   ".join(value.ljust(17) for value in by.values()) for name, by in transfer.items()]
+    lines += [
+        told[name].ljust(52) + "   ".join(value.ljust(17) for value in by.values()) for name, by in transfer.items()
+    ]
     lines += [
         "",
         f"{report['seconds']['total']:.0f} s in all. {out}/ holds encoder/ ({encoder.dim} numbers per image), gallery/, "

@@ -21,6 +21,7 @@ _NOISE = (
     ".*LightningCLI's args parameter is intended to run from within Python.*",
     ".*Total length of `list` across ranks is zero.*",
     ".*module\\(s\\) in eval mode at the start of training.*",
+    ".*Experiment logs directory .* exists and is not empty.*",
     ".*No seed found, seed set to.*",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     ".*Checkpoint directory .* exists and is not empty.*",

@@ -72,7 +72,10 @@ def finetune(
         precision=precision,
         logger=False,
         enable_checkpointing=run is not None,
-        callbacks=[*([StepBar("fine-tune")] if progress else []), *([SaveEncoder(Path(run) / "encoder")] if run else [])],
+        callbacks=[
+            *([StepBar("fine-tune")] if progress else []),
+            *([SaveEncoder(Path(run) / "encoder")] if run else []),
+        ],
         default_root_dir=run,
         enable_model_summary=False,
         enable_progress_bar=False,
