@@ -18,6 +18,7 @@ from embedlab import __version__
 if TYPE_CHECKING:
     from embedlab._types import Embeddings
     from embedlab.data import Source
+    from embedlab.encoders import Encoder
 
 Result = dict[str, Any]
 PATH_HELP = "folder of images (label = folder), CSV or Parquet manifest, one image, or torchvision:NAME"
@@ -83,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     fit = commands.add_parser(
         "fit",
         help="train from a recipe",
-        description="Train from a recipe: embedlab fit -c recipes/NAME.yaml [--run FOLDER] [--resume] [--KEY VALUE ...]. "
-        "Every key of the recipe can be overridden, such as --trainer.max_epochs 5 or "
+        description="Train from a recipe: embedlab fit -c recipes/NAME.yaml [--run FOLDER] [--resume] [--KEY VALUE]."
+        " Every key can be overridden, such as --trainer.max_epochs 5 or "
         "--data.init_args.root FOLDER; --print_config shows all keys with their values.",
     )
     fit.add_argument("-c", "--config", help="the recipe; several merge left to right")
@@ -286,8 +287,8 @@ def _probes(options: argparse.Namespace, gallery: Any) -> Embeddings:
 def _require_labels(labels: list[str] | None, path: str) -> list[str]:
     if labels is None:
         raise ValueError(
-            f"{path} has no labels. Put the images into one folder per identity, use a manifest with the columns path and "
-            "label, or name them all by --label."
+            f"{path} has no labels. Put the images into one folder per identity, use a manifest with the columns "
+            "path and label, or name them all by --label."
         )
     return labels
 
@@ -452,7 +453,8 @@ def _finetune(options: argparse.Namespace) -> Result:
     low, high = report["accuracy_interval"] or (float("nan"),) * 2
     text = (
         f"accuracy {report['accuracy']:.3f} [{low:.3f}, {high:.3f}]  balanced {report['balanced_accuracy']:.3f}  "
-        f"on {report['test_images']} test images, {len(report['classes'])} classes, {report['seconds']:.0f} s: {options.run}"
+        f"on {report['test_images']} test images, {len(report['classes'])} classes, {report['seconds']:.0f} s: "
+        f"{options.run}"
     )
     return {"run": str(options.run), **report, "text": text}
 
@@ -478,7 +480,7 @@ def _enroll(options: argparse.Namespace) -> Result:
             "enrolled": len(ids),
             "identities": len(counts),
             "templates": len(gallery),
-            "text": f"enrolled {len(ids)} templates; {options.gallery} holds {len(gallery)} of {len(counts)} identities",
+            "text": f"enrolled {len(ids)}; {options.gallery} holds {len(gallery)} of {len(counts)} identities",
         }
 
 
@@ -527,13 +529,13 @@ def _search(options: argparse.Namespace) -> Result:
     with Gallery.open(options.gallery, read_only=True) as gallery:
         probes = _probes(options, gallery)
         found = gallery.search(embeddings=probes.vectors, k=options.k)
-    rows = []
+    rows: list[Result] = []
     for row, name in enumerate(_names(probes)):
-        near = zip(found.ids[row].tolist(), found.labels[row], found.scores[row].tolist(), strict=True)
-        rows.append({"probe": name, "neighbours": [{"id": i, "label": n, "score": s} for i, n, s in near if i >= 0]})
-    lines = [
-        f"{row['probe']}\n" + "\n".join(f"  {n['score']:.3f}  {n['label']}" for n in row["neighbours"]) for row in rows
-    ]
+        ranked = zip(found.ids[row].tolist(), found.labels[row], found.scores[row].tolist(), strict=True)
+        rows.append({"probe": name, "neighbours": [{"id": i, "label": n, "score": s} for i, n, s in ranked if i >= 0]})
+    lines = []
+    for found_row in rows:
+        lines += [found_row["probe"], *(f"  {near['score']:.3f}  {near['label']}" for near in found_row["neighbours"])]
     return {"results": rows, "text": "\n".join(lines)}
 
 
@@ -598,8 +600,8 @@ def _calibrate(options: argparse.Namespace) -> Result:
         strangers = _probes(options, gallery)
         found = gallery.calibrate(embeddings=strangers, fpir=options.fpir, fmr=options.fmr)
     text = (
-        f"threshold {found.threshold:.4f}: with {found.confidence:.0%} confidence at most {found.fpir:.1%} of strangers are "
-        f"taken for somebody\n(bound {found.bound:.2%}, observed {found.observed:.2%} on {found.images} images of "
+        f"threshold {found.threshold:.4f}: with {found.confidence:.0%} confidence at most {found.fpir:.1%} of "
+        f"strangers are taken for somebody\n(bound {found.bound:.2%}, observed {found.observed:.2%} on {found.images} images of "
         f"{found.strangers} strangers, worth {found.effective_strangers:.0f} independent ones)"
     )
     return {**found.to_dict(), "text": text}

@@ -41,7 +41,7 @@ class RunFolderError(ValueError):
 class _Parser(LightningArgumentParser):
     """Errors in two lines: what is wrong, and the nearest right key."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]  # noqa: ARG002
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002
         sys.stderr.write(f"embedlab fit: error: {_innermost(message)}\n{self._way_out(message)}\n")
         raise SystemExit(2)
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,9 @@ COPIES = 4  # distorted pictures of each training character in each style
 TEMPLATES = 3  # enrolled pictures per identity
 LABELS = (2, 10)  # labelled digits per class
 STILL = Views(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grayscale=0.0)
-DIGIT_VIEWS = {
-    "crop_ratio": (0.8, 1.25),
-    "flip": 0.0,
-    "brightness": 0.3,
-    "contrast": 0.3,
-    "grayscale": 0.0,
-    "pad": "zeros",
-}
-PRETRAIN_VIEWS = Views(count=2, crop_scale=(0.4, 1.0), degrees=20, shear=0.3, translate=0.1, erase=0.5, **DIGIT_VIEWS)  # type: ignore[arg-type]
+DIGIT_VIEWS = Views(crop_ratio=(0.8, 1.25), flip=0.0, brightness=0.3, contrast=0.3, grayscale=0.0, pad="zeros")
+PRETRAIN_VIEWS = replace(DIGIT_VIEWS, count=2, crop_scale=(0.4, 1.0), degrees=20.0, shear=0.3, translate=0.1, erase=0.5)
+FINETUNE_VIEWS = replace(DIGIT_VIEWS, crop_scale=(0.6, 1.0), degrees=15.0, shear=0.2, translate=0.06)
 
 
 @dataclass
@@ -214,7 +208,7 @@ def _gallery(
         gallery.enroll(images=_pixels(templates), labels=templates.labels, metadata=_styles(templates))
         gallery.calibrate(images=_pixels(calibrate), labels=list(calibrate.labels), fpir=job.fpir)
         trials = {"trained": evaluate_gallery(gallery, _embed(encoder, probes))}
-        removal = _remove_and_enroll(gallery, encoder, templates, probes)
+        removal = _remove_and_enroll(gallery, templates, probes)
     settling = torch.from_numpy(_pixels(train)[:: max(1, len(train) // 2048)])
     baselines = {
         "raw pixels": Encoder(Pixels(32, in_channels=1), **encoder.preprocessing).eval(),
@@ -226,7 +220,7 @@ def _gallery(
     return trials, removal
 
 
-def _remove_and_enroll(gallery: Gallery, encoder: Encoder, templates: Glyphs, probes: Glyphs) -> dict[str, Any]:
+def _remove_and_enroll(gallery: Gallery, templates: Glyphs, probes: Glyphs) -> dict[str, Any]:
     """Take out the identity that is named most often, look at its pictures again, and enroll it anew."""
     answers = gallery.identify(images=_pixels(probes), k=1)
     named = [answer.label for answer, label in zip(answers, probes.labels, strict=True) if answer.label == label]
@@ -280,14 +274,7 @@ def _transfer(job: Run) -> dict[str, Any]:
         for number in LABELS:
             for name, start, rate in (("finetuned", pretrained, 0.03), ("scratch", scratch, 0.3)):
                 few = _digits(images, labels, seed, labels_per_class=number)
-                few.views = Views(
-                    count=max(1, 64 // (10 * number)),
-                    crop_scale=(0.6, 1.0),
-                    degrees=15,
-                    shear=0.2,
-                    translate=0.06,
-                    **DIGIT_VIEWS,
-                )  # type: ignore[arg-type]
+                few.views = replace(FINETUNE_VIEWS, count=max(1, 64 // (10 * number)))  # some 64 views per step
                 figures = finetune(few, start, steps=job.steps(60), backbone_rate=rate, seed=seed, progress=False)
                 found[name][number].append(float(figures["accuracy"]))
             found["raw"][number].append(_raw_pixels(few))
@@ -310,7 +297,7 @@ def _digits(images: np.ndarray, labels: list[str], seed: int, *, labels_per_clas
         split="sample",
         fractions=(2 / 3, 0.0, 1 / 3),
         labels_per_class=labels_per_class,
-        batch_size=128 if labels_per_class is None else 64,
+        batch_size=128 if labels_per_class is None else min(64, 10 * labels_per_class),
         seed=seed,
     )
 
@@ -431,10 +418,12 @@ def _text(report: dict[str, Any], out: Path, encoder: Encoder) -> str:
         "",
         table(rows, columns),
         "",
-        f"promised: at most {trained['target_fpir']:.1%} of strangers accepted; observed: {trained['observed_fpir']:.1%} "
-        f"[{low:.1%}, {high:.1%}]  (threshold {trained['threshold']:.3f}, set on {trained['calibration_strangers']} others)",
-        f"removed {removal['identity']}: {removal['unknown_while_removed']} of its {removal['pictures']} pictures unknown "
-        f"({removal['named_before']} named before, {removal['named_after_enrolling_again']} after enrolling it again)",
+        f"promised: at most {trained['target_fpir']:.1%} of strangers accepted; observed: "
+        f"{trained['observed_fpir']:.1%} [{low:.1%}, {high:.1%}]  (threshold {trained['threshold']:.3f}, set on "
+        f"{trained['calibration_strangers']} others)",
+        f"removed {removal['identity']}: {removal['unknown_while_removed']} of its {removal['pictures']} pictures "
+        f"unknown ({removal['named_before']} named before, {removal['named_after_enrolling_again']} after enrolling "
+        "it again)",
         "",
         "handwritten digits, test accuracy over three seeds".ljust(52)
         + "   ".join(f"{number:2d} labels a digit" for number in LABELS),
@@ -444,8 +433,8 @@ def _text(report: dict[str, Any], out: Path, encoder: Encoder) -> str:
     ]
     lines += [
         "",
-        f"{report['seconds']['total']:.0f} s in all. {out}/ holds encoder/ ({encoder.dim} numbers per image), gallery/, "
-        "report.json, decisions.png, map.png",
+        f"{report['seconds']['total']:.0f} s in all. {out}/ holds encoder/ ({encoder.dim} numbers per image), "
+        "gallery/, report.json, decisions.png, map.png",
         f"Next: embedlab gallery info {out}/gallery",
     ]
     return "\n".join(lines)

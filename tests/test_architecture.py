@@ -75,7 +75,7 @@ def test_lazy_names_and_names_for_type_checkers_agree(room) -> None:
         (
             "import tempfile; from embedlab import Gallery\n"
             "with tempfile.TemporaryDirectory() as place:\n"
-            "    with Gallery.create(place + '/g', dim=2) as gallery: gallery.enroll(embeddings=[[1, 0]], labels=['a'])\n"
+            "    with Gallery.create(place + '/g', dim=2) as made: made.enroll(embeddings=[[1, 0]], labels=['a'])\n"
             "    with Gallery.open(place + '/g') as gallery: assert len(gallery.identify(embeddings=[[1, 0]])) == 1",
             "torch pytorch_lightning",
         ),

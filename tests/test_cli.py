@@ -80,12 +80,14 @@ def ask(capsys, *arguments: object) -> dict:
 
 
 def fails(capsys, *arguments: object, code: int = 1) -> str:
+    """Run what must fail; returns stderr."""
     capsys.readouterr()
     try:
-        assert main([*map(str, arguments)]) == code
+        found = main([*map(str, arguments)])
     except SystemExit as stopped:
-        assert stopped.code == code
+        found = stopped.code
     captured = capsys.readouterr()
+    assert found == code
     assert not captured.out
     assert "Traceback" not in captured.err
     return captured.err

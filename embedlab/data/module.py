@@ -78,7 +78,7 @@ class ImageBatches(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, positions: list[int]) -> Batch:  # type: ignore[override]
+    def __getitem__(self, positions: list[int]) -> Batch:
         rows = self.rows[positions]
         if self.cache is None:
             images, rows = self._decode(rows)

@@ -56,7 +56,7 @@ class ShuffledBatches(_Batches):
     def __len__(self) -> int:
         return self.rows // (self.batch_size * self.num_replicas)
 
-    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[int]]:
         order = self.generator().permutation(self.rows)
         for step in range(len(self)):
             start = (step * self.num_replicas + self.rank) * self.batch_size
@@ -98,13 +98,13 @@ class BalancedBatches(_Batches):
         lonely = [int(labels[rows[0]]) for rows in self.members if len(rows) < 2]
         if lonely:
             raise ValueError(
-                f"{len(lonely)} of {len(self.members)} classes have one image only and so no positive pair, first class "
-                f"numbers {lonely[:5]}: add images, or leave these classes out."
+                f"{len(lonely)} of {len(self.members)} classes have one image only and so no positive pair, "
+                f"first class numbers {lonely[:5]}: add images, or leave these classes out."
             )
         if len(self.members) < classes_per_batch:
             raise ValueError(
-                f"A batch of {classes_per_batch} classes cannot be drawn from {len(self.members)}; lower batch_size, or "
-                "raise images_per_class."
+                f"A batch of {classes_per_batch} classes cannot be drawn from {len(self.members)}; "
+                "lower batch_size, or raise images_per_class."
             )
         self.classes_per_batch = classes_per_batch
         self.images_per_class = images_per_class
@@ -114,7 +114,7 @@ class BalancedBatches(_Batches):
     def __len__(self) -> int:
         return self.batches
 
-    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[int]]:
         generator = self.generator()
         waiting = [np.zeros(0, np.int64) for _ in self.members]  # images of each class not yet drawn this round
         for _ in range(self.batches):
@@ -150,6 +150,6 @@ class EvaluationBatches(_Batches):
     def __len__(self) -> int:
         return -(-len(self.mine) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[int]]:
         for start in range(0, len(self.mine), self.batch_size):
             yield self.mine[start : start + self.batch_size].tolist()

@@ -119,8 +119,8 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != self.channels:
             raise ValueError(
-                f"Encoder takes images (B, {self.channels}, H, W), got {tuple(images.shape)}; channels come second, and "
-                "grey images have 1 channel."
+                f"Encoder takes images (B, {self.channels}, H, W), got {tuple(images.shape)}; channels come second, "
+                "and grey images have 1 channel."
             )
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         embeddings = self.backbone((images - self.mean) / self.std)
@@ -148,7 +148,7 @@ class Encoder(nn.Module):
             for module in norms:
                 module.momentum = None  # a plain average over all batches
             with torch.no_grad():
-                for batch in images.split(128):
+                for batch in torch.split(images, 128):
                     fresh(batch.to(self.mean.device))
             for module in norms:
                 module.momentum = 0.1
@@ -230,7 +230,7 @@ class Encoder(nn.Module):
                     skipped += bad
                     chunk = torch.from_numpy(decoded)
                 kept.append(rows)
-                vectors += [self._embed_batch(part, precision) for part in chunk.split(batch_size) if len(part)]
+                vectors += [self._embed_batch(part, precision) for part in torch.split(chunk, batch_size) if len(part)]
         self.train(training)
         report_skipped(skipped, len(images), SKIP_LIMIT)
         ids = np.concatenate(kept)

@@ -107,7 +107,7 @@ class CosineHead(nn.Module):
     def imprint(self, features: Tensor, labels: Tensor) -> None:
         """Set each class's weight to the mean of its unit features (N, in_features), labels (N,)."""
         features = normalize(features)
-        for number in labels.unique().tolist():
+        for number in torch.unique(labels).tolist():
             self.weight[number] = features[labels == number].mean(dim=0)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class Method(pl.LightningModule):
         if stage == "fit":
             self.train()
         if "bf16" in str(self.trainer.precision):
-            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.to(memory_format=torch.channels_last)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:  # noqa: ARG002
         """Embed the plain images; the monitor makes figures of them."""
@@ -88,7 +88,7 @@ class Method(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimizer over all parameters, linear warm-up and cosine decay per step."""
         groups = self.parameter_groups()
-        optimizer = self.optimizer(groups)  # type: ignore[arg-type]
+        optimizer = self.optimizer(groups)
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         rise = self.warmup * steps
         rates: list[Callable[[int], float]] = [

@@ -60,8 +60,8 @@ def evaluate_open_set(
     shared = sorted(set(labels) & set(_labels(strangers, "calibration")))
     if shared:
         raise ValueError(
-            f"{len(shared)} identities set the threshold and are tested on it, first {shared[0]!r}: the promise needs other "
-            "strangers. Choose disjoint rows by --select and --calibrate-select."
+            f"{len(shared)} identities set the threshold and are tested on it, first {shared[0]!r}: the promise needs "
+            "other strangers. Choose disjoint rows by --select and --calibrate-select."
         )
     enrolled, _ = halve_identities(labels, seed=seed)
     if reference is None:

@@ -73,13 +73,13 @@ class Classification(Method):
             theirs = {name: list(self._started_from[name]) for name in ("mean", "std")}
             if ours != theirs:
                 raise ValueError(
-                    f"The encoder was trained with {theirs}, the data are normalised with {ours}; set data.init_args.mean "
-                    "and std to the encoder's, or its features will be off."
+                    f"The encoder was trained with {theirs}, the data are normalised with {ours}; set "
+                    "data.init_args.mean and std to the encoder's, or its features will be off."
                 )
         if unseen := data.class_names[data.num_classes :]:
             raise ValueError(
-                f"{len(unseen)} classes have no training image, first {unseen[:3]}: a classifier can only name classes that "
-                "it has seen. Use split=sample or split=group, or a gallery."
+                f"{len(unseen)} classes have no training image, first {unseen[:3]}: a classifier can only name "
+                "classes that it has seen. Use split=sample or split=group, or a gallery."
             )
         if self.head is None:
             if data.num_classes < 2:
@@ -100,6 +100,7 @@ class Classification(Method):
         for start in range(0, len(dataset), data.batch_size):
             batch = dataset[list(range(start, min(start + data.batch_size, len(dataset))))].to(self.device)
             features.append(self.backbone(data.plain(batch.views[0])))
+            assert batch.labels is not None
             labels.append(batch.labels)
         self.train()
         self.head.imprint(torch.cat(features), torch.cat(labels))
@@ -135,7 +136,7 @@ class Classification(Method):
         return {"probabilities": probabilities, "labels": batch.labels, "index": batch.index}
 
     def predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Probabilities (N, C), targets (N,) and row numbers (N,) of the last evaluation, all ranks, each image once."""
+        """Probabilities (N, C), targets (N,) and row numbers (N,) of the last evaluation, each image once."""
         probabilities, labels, index = (
             gather(torch.cat(part)).cpu().numpy() for part in zip(*self.outputs, strict=True)
         )
