@@ -601,8 +601,8 @@ def _calibrate(options: argparse.Namespace) -> Result:
         found = gallery.calibrate(embeddings=strangers, fpir=options.fpir, fmr=options.fmr)
     text = (
         f"threshold {found.threshold:.4f}: with {found.confidence:.0%} confidence at most {found.fpir:.1%} of "
-        f"strangers are taken for somebody\n(bound {found.bound:.2%}, observed {found.observed:.2%} on {found.images} images of "
-        f"{found.strangers} strangers, worth {found.effective_strangers:.0f} independent ones)"
+        f"strangers are taken for somebody\n(bound {found.bound:.2%}, observed {found.observed:.2%} on "
+        f"{found.images} images of {found.strangers} strangers, worth {found.effective_strangers:.0f} independent ones)"
     )
     return {**found.to_dict(), "text": text}
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# The networks of the tests are tiny: threads only wait for one another. Before torch is loaded, also in subprocesses.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:

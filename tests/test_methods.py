@@ -156,6 +156,18 @@ def test_batches_are_the_same_with_and_without_the_cache(cache) -> None:
     assert [module.class_names[n] for n in batch.labels] == [module.source.labels[row] for row in batch.index]
 
 
+def test_a_class_with_one_image_is_named_where_positives_are_needed() -> None:
+    few = source().subset([row for row in range(48) if row < 41])  # "class 5" keeps one image
+    module = data(root=few, split="none")
+    module.setup()
+    with pytest.raises(ValueError, match="1 of 6 training classes have one image only .* pair: class 5. Add images"):
+        module.train_dataloader()
+    unlabelled = data(root=Source.from_arrays(source().pixels), split="none")
+    unlabelled.setup()
+    with pytest.raises(ValueError, match="has no labels, but balanced batches or a supervised loss need them"):
+        unlabelled.train_dataloader()
+
+
 def test_few_labels_per_class_are_the_same_for_a_seed() -> None:
     chosen = []
     for seed in (0, 0, 1):

@@ -251,6 +251,14 @@ class ImageData(pl.LightningDataModule):
         return self._loader(dataset, sampler)
 
     def _classes_per_batch(self, images_per_class: int) -> int:
+        numbers, counts = np.unique(self.dataset("train").labels, return_counts=True)
+        lonely = [self.class_names[number] for number in numbers[counts < 2]]
+        if lonely:
+            raise ValueError(
+                f"{len(lonely)} of {len(numbers)} training classes have one image only and so no positive pair: "
+                f"{', '.join(lonely[:5])}. Add images of them, take them out of the data, or set "
+                "images_per_class to null for a loss that needs no positives."
+            )
         wanted = self.batch_size // images_per_class
         if wanted > self.num_classes:
             log.warning("There are %d training classes, so batches hold %d, not %d.", *[self.num_classes] * 2, wanted)
