@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for an error, 2 for a wrong call."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("embedlab").setLevel(logging.INFO)
     try:
         if arguments[:1] == ["fit"] and arguments[1:] not in (["--help"], ["-h"]):
             from embedlab.fit import main as fit
@@ -59,15 +61,22 @@ def _print(result: Result, options: argparse.Namespace) -> None:
     text = result.pop("text", None)
     if options.json or text is None:
         result.pop("exit", None)
-        print(json.dumps(result, ensure_ascii=False, allow_nan=False, default=_plain))
+        print(json.dumps(_plain(result), ensure_ascii=False, allow_nan=False))
     else:
         print(text)
 
 
 def _plain(value: Any) -> Any:
+    """What JSON knows: arrays as lists, undefined figures (NaN) as null, paths as text."""
     if hasattr(value, "tolist"):
-        return value.tolist()
-    return str(value)
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
 # ---- the parser ----------------------------------------------------------------------------------------------------
@@ -358,7 +367,7 @@ def _evaluate(options: argparse.Namespace) -> Result:
     }
     result = {"results": rows, "protocol": protocol, "seconds": round(time.perf_counter() - started, 2)}
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1, default=_plain), encoding="utf-8")
+        options.out.write_text(json.dumps(_plain(result), indent=1), encoding="utf-8")
     text = table(rows, ["recall_at_1", "recall_at_5", "recall_at_10", "map_at_r", "r_precision", "knn_accuracy"])
     if options.open_set:
         trials = {name: row["open_set"] for name, row in rows.items()}

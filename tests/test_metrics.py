@@ -510,3 +510,15 @@ def test_metrics_import_neither_torch_nor_faiss():
     program = "import sys, embedlab.metrics as m; m.map_at_r([[1, 0], [1, 1]], [0, 0]); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "lightning", "pytorch_lightning", "faiss", "sklearn", "scipy"} & set(loaded)
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_knn_accuracy_by_leave_one_out_equals_leaving_each_one_out(k):
+    random = np.random.default_rng(3)
+    vectors, labels = random.normal(size=(30, 4)), random.integers(0, 3, 30)
+    vectors[5] = vectors[6]  # equal rows must not bring a sample back as its own neighbour
+    right = 0.0
+    for row in range(30):
+        others = np.arange(30) != row
+        right += metrics.knn_accuracy(vectors[others], labels[others], vectors[[row]], labels[[row]], k=k)
+    assert metrics.knn_accuracy(vectors, labels, k=k) == pytest.approx(right / 30)

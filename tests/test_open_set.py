@@ -104,6 +104,8 @@ def test_retrieval_figures_and_their_table() -> None:
     assert report["recall_at_1"] == 1
     assert report["knn_k"] == 50
     assert report["identities"] == 10
+    alone = evaluate_retrieval(query, knn_k=2)
+    assert (alone["knn_k"], alone["knn_accuracy"]) == (2, 1)
     text = table({"ours": report, "other": {"recall_at_1": 0.5}}, ["recall_at_1", "knn_accuracy"])
     assert text.splitlines()[1].split() == ["ours", "1.000", "[1.000,", "1.000]", f"{report['knn_accuracy']:.3f}"]
     assert text.splitlines()[2].split() == ["other", "0.500", "-"]

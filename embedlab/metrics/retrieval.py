@@ -251,7 +251,13 @@ def mean_average_precision(
 
 
 def knn_accuracy(
-    train: Any, train_labels: Any, test: Any, test_labels: Any, *, k: int = 200, temperature: float = 0.1
+    train: Any,
+    train_labels: Any,
+    test: Any = None,
+    test_labels: Any = None,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
 ) -> float:
     """Accuracy of the weighted k-nearest-neighbour vote, Wu et al. 2018, section 3.4 (https://arxiv.org/abs/1805.01978).
 
@@ -261,9 +267,9 @@ def knn_accuracy(
     Args:
         train: (N, D) vectors, NumPy or torch, of any norm.
         train_labels: (N,) integers or strings.
-        test: (Q, D) vectors.
+        test: (Q, D) vectors, or None: each training sample is tested on all others (leave-one-out).
         test_labels: (Q,) labels; a class that training has not seen counts as an error.
-        k: Voters per test sample; more than N means all N.
+        k: Voters per test sample; more than there are means all.
         temperature: Divides the cosine; no unit, > 0. Wu et al. use 0.07.
 
     Raises:
@@ -276,19 +282,34 @@ def knn_accuracy(
     k = _checked_depth(k, "knn_accuracy")
     if not temperature > 0:
         raise ValueError(f"knn_accuracy needs temperature > 0, got {temperature}; usual values are 0.07 and 0.1.")
-    problem = Problem(test, test_labels, reference=train, reference_labels=train_labels)
-    k, classes = min(k, len(problem.reference)), len(problem.classes)
+    if test is None:
+        problem = Problem(train, train_labels)
+    else:
+        problem = Problem(test, test_labels, reference=train, reference_labels=train_labels)
+    k, classes = min(k, len(problem.reference) - problem.leave_one_out), len(problem.classes)
+    if k < 1:
+        raise ValueError("knn_accuracy by leave-one-out needs at least 2 samples, got 1.")
     step = int(np.clip(BUDGET // (16 * max(k, classes, problem.query.dim)), 1, 8192))
     right = 0
     for start in range(0, len(problem.query), step):
         rows = slice(start, start + step)
-        ids, scores = problem.search.nearest(problem.query.unit(rows), k)
+        ids, scores = problem.search.nearest(problem.query.unit(rows), k + problem.leave_one_out)
+        if problem.leave_one_out:
+            ids, scores = _without_itself(ids, scores, first=start)
         # relative to the nearest: exp(1 / temperature) overflows for small temperatures
         weights = np.exp((scores - scores[:, :1]) / temperature)
         ballot = np.arange(len(ids))[:, None] * classes + problem.reference_codes[ids]
         votes = np.bincount(ballot.ravel(), weights=weights.ravel(), minlength=len(ids) * classes)
         right += int((votes.reshape(-1, classes).argmax(axis=1) == problem.query_codes[rows]).sum())
     return right / len(problem.query)
+
+
+def _without_itself(ids: Integers, scores: Floats, *, first: int) -> tuple[Integers, Floats]:
+    """Drop query `first + i` from row i; where equal rows pushed it out, drop the last neighbour."""
+    own = ids == np.arange(first, first + len(ids))[:, None]
+    own[~own.any(axis=1), -1] = True
+    shape = (len(ids), ids.shape[1] - 1)
+    return ids[~own].reshape(shape), scores[~own].reshape(shape)
 
 
 def _recall(found: Matches, k: int) -> Floats:

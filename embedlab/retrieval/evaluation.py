@@ -16,7 +16,7 @@ def evaluate_retrieval(query: Embeddings, reference: Embeddings | None = None, *
 
     Args:
         query: With labels.
-        reference: With labels; None is leave-one-out within the queries, and k-NN is then left out.
+        reference: With labels; None is leave-one-out within the queries.
         knn_k: Neighbours of the k-NN classifier, at most as many as the reference has.
 
     Returns:
@@ -26,10 +26,12 @@ def evaluate_retrieval(query: Embeddings, reference: Embeddings | None = None, *
     others = (None, None) if reference is None else (reference.vectors, _labels(reference, "reference"))
     report = retrieval_report(query.vectors, labels, *others)
     result = report.to_dict()
-    if reference is not None:
-        k = min(knn_k, len(reference))
-        result["knn_accuracy"] = knn_accuracy(reference.vectors, others[1], query.vectors, labels, k=k)
-        result["knn_k"] = k
+    if reference is None:
+        result["knn_k"] = min(knn_k, len(query) - 1)
+        result["knn_accuracy"] = knn_accuracy(query.vectors, labels, k=knn_k)
+    else:
+        result["knn_k"] = min(knn_k, len(reference))
+        result["knn_accuracy"] = knn_accuracy(reference.vectors, others[1], query.vectors, labels, k=knn_k)
     result["identities"] = len(set(labels))
     result["intervals"] = {
         name: bootstrap_interval(values, labels) for name, values in report.per_query.items() if len(set(labels)) > 1

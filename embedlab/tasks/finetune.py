@@ -69,6 +69,7 @@ def finetune(
     )
     trainer = pl.Trainer(
         max_steps=steps,
+        devices=1,
         precision=precision,
         logger=False,
         enable_checkpointing=run is not None,
