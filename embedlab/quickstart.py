@@ -29,7 +29,7 @@ from embedlab.data.glyphs import Glyphs
 from embedlab.encoders import Encoder, LinearHead, MLPHead, Pixels, ResNet
 from embedlab.losses import SupConLoss
 from embedlab.methods import Method, MetricLearning, SimCLR
-from embedlab.methods.trainer import StepBar, quiet
+from embedlab.methods.trainer import StepBar, fast_precision, quiet
 from embedlab.metrics import detection_identification_rate, knn_accuracy
 from embedlab.retrieval import Gallery, OpenSetReport, evaluate_gallery
 from embedlab.retrieval.evaluation import table
@@ -165,7 +165,7 @@ def _backbone() -> ResNet:
 def _train(method: Method, data: ImageData, steps: int, told: str) -> None:
     trainer = pl.Trainer(
         max_steps=steps,
-        precision="bf16-mixed",
+        precision=fast_precision(),
         accelerator="auto",
         devices=1,
         logger=False,
@@ -368,7 +368,11 @@ def _report(
         "seed": job.seed,
         "effort": job.effort,
         "versions": _versions(),
-        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads()},
+        "hardware": {
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "precision": fast_precision(),
+        },
         "seconds": dict(job.seconds),
         "layer": layer,
         "closed_set_accuracy": trained.closed_set_accuracy,

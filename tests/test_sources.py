@@ -477,6 +477,14 @@ def test_page_splits_the_faces_by_person(shared_data, tmp_path: Path, monkeypatc
         assert len(source) == 10 * len(people)
 
 
+def test_page_lists_the_tiles_with_their_groups(shared_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_block_of_the_page(shared_data("magnetic_tile_128").parent, "magnetic_tile")
+    source = open_source("tiles.csv")
+    assert (source.labels.count("defect"), source.labels.count("whole")) == (392, 952)
+    assert len(set(source.column("group"))) == 255
+
+
 def test_real_folders(shared_data) -> None:
     faces = open_source(shared_data("att_faces"))
     assert (len(faces), len(set(faces.labels)), faces.ignored) == (400, 40, 2)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
+import torch
 from tqdm import tqdm
 
 from embedlab.data.module import ImageData
@@ -35,6 +36,14 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+
+
+def fast_precision() -> Literal["bf16-mixed", "32-true"]:
+    """bf16-mixed where the processor or GPU multiplies bfloat16 itself; elsewhere it would be slower than float32."""
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    able = torch.cpu.get_capabilities()
+    return "bf16-mixed" if able.get("avx512_bf16") or able.get("amx_bf16") else "32-true"
 
 
 class StepBar(pl.Callback):

@@ -16,7 +16,7 @@ from torch import nn
 
 from embedlab.data import ImageData
 from embedlab.encoders import Encoder
-from embedlab.methods.trainer import SaveEncoder, StepBar, quiet
+from embedlab.methods.trainer import SaveEncoder, StepBar, fast_precision, quiet
 from embedlab.metrics import bootstrap_interval, classification_report
 from embedlab.tasks.classification import Classification
 
@@ -32,7 +32,7 @@ def finetune(
     classifier: Literal["linear", "cosine"] = "cosine",
     loss: nn.Module | None = None,
     freeze: bool = False,
-    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed",
+    precision: Literal["32-true", "bf16-mixed"] | None = None,
     seed: int = 0,
     run: str | Path | None = None,
     progress: bool = True,
@@ -49,7 +49,7 @@ def finetune(
         classifier: See `Classification`.
         loss: See `Classification`.
         freeze: Train the classifier only.
-        precision: Of the network while it trains; tests run the same.
+        precision: Of the network in training and test; None takes bf16-mixed where the hardware is fast at it.
         seed: Of the classifier's weights.
         run: Folder for report.json, predictions.csv, encoder/ and checkpoints/; None keeps nothing.
         progress: Show bars.
@@ -58,6 +58,7 @@ def finetune(
         The figures of the last step on the test role, with the protocol that made them.
     """
     quiet()
+    precision = precision or fast_precision()
     torch.manual_seed(seed)
     model = Classification(
         copy.deepcopy(encoder.backbone),
