@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedlab import __version__
+from embedlab._json import plain
 
 if TYPE_CHECKING:
     from embedlab._types import Embeddings
@@ -61,22 +61,9 @@ def _print(result: Result, options: argparse.Namespace) -> None:
     text = result.pop("text", None)
     if options.json or text is None:
         result.pop("exit", None)
-        print(json.dumps(_plain(result), ensure_ascii=False, allow_nan=False))
+        print(json.dumps(plain(result), ensure_ascii=False, allow_nan=False))
     else:
         print(text)
-
-
-def _plain(value: Any) -> Any:
-    """What JSON knows: arrays as lists, undefined figures (NaN) as null, paths as text."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
 # ---- the parser ----------------------------------------------------------------------------------------------------
@@ -115,6 +102,13 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], Resul
     return parser
 
 
+def _count(text: str) -> int:
+    """A whole number from 1 on, as argparse's type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
 def _add_reading(parser: Any) -> None:
     parser.add_argument(
         "--select",
@@ -126,7 +120,7 @@ def _add_reading(parser: Any) -> None:
 
 
 def _add_embedding(parser: Any) -> None:
-    parser.add_argument("--batch-size", type=int, default=128, help="images per forward pass")
+    parser.add_argument("--batch-size", type=_count, default=128, help="images per forward pass")
     parser.add_argument(
         "--precision",
         choices=["float32", "bfloat16"],
@@ -136,7 +130,7 @@ def _add_embedding(parser: Any) -> None:
 
 
 def _add_quickstart(commands: Any) -> None:
-    parser = _command(commands, "quickstart", _quickstart, "the guided first run, 3-5 minutes, no download")
+    parser = _command(commands, "quickstart", _quickstart, "the guided first run, about 3 minutes, no download")
     parser.add_argument("--out", type=Path, default=Path("embedlab-quickstart"), help="folder for what it makes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fpir", type=float, default=0.05, help="promised false-positive identification rate")
@@ -163,7 +157,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--encoder", help="folder of a saved encoder; not needed for stored embeddings")
     parser.add_argument("--reference", help="what to search (default: leave-one-out within the queries)")
     parser.add_argument("--reference-select", nargs="+", metavar="COLUMN=VALUE", help="as --select, for the reference")
-    parser.add_argument("--knn-k", type=int, default=20, help="neighbours of the weighted k-NN classifier")
+    parser.add_argument("--knn-k", type=_count, default=20, help="neighbours of the weighted k-NN classifier")
     parser.add_argument("--labels", help="labels of vectors.npy, one per line")
     parser.add_argument("--baselines", action="store_true", help="also raw pixels and the untrained network")
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
@@ -177,7 +171,7 @@ def _add_evaluate(commands: Any) -> None:
     group.add_argument("--open-set", action="store_true", help="run the trial")
     group.add_argument("--calibrate-select", nargs="+", metavar="COLUMN=VALUE", help="rows that set the threshold")
     group.add_argument("--fpir", type=float, default=0.05, help="promised false-positive identification rate")
-    group.add_argument("--templates", type=int, default=3, help="enrolled images per identity, without --reference")
+    group.add_argument("--templates", type=_count, default=3, help="enrolled images per identity, without --reference")
     group.add_argument("--seed", type=int, default=0, help="of the halves and templates")
 
 
@@ -190,15 +184,18 @@ def _add_finetune(commands: Any) -> None:
     parser.add_argument("--run", type=Path, required=True, help="run folder for report.json, predictions.csv, encoder/")
     parser.add_argument("--split", choices=["sample", "group", "column"], default="sample", help="how roles are drawn")
     parser.add_argument(
-        "--fractions", type=float, nargs=3, default=(0.6, 0.1, 0.3), metavar=("TRAIN", "CALIBRATE", "TEST")
+        "--fractions", type=float, nargs=3, default=(0.7, 0.0, 0.3), metavar=("TRAIN", "CALIBRATE", "TEST")
     )
-    parser.add_argument("--labels-per-class", type=int, help="train on that many images of each class")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--labels-per-class", type=_count, help="train on that many images of each class")
+    parser.add_argument("--steps", type=_count, default=300)
+    parser.add_argument("--batch-size", type=_count, default=64)
     parser.add_argument("--rate", type=float, default=1e-2, help="learning rate of the classifier")
     parser.add_argument("--backbone-rate", type=float, default=0.03, help="the backbone's, as a share of --rate")
     parser.add_argument("--loss", choices=["cross-entropy", "focal"], default="cross-entropy")
     parser.add_argument("--classifier", choices=["linear", "cosine"], default="cosine")
+    parser.add_argument(
+        "--positive", metavar="LABEL", help="of two classes, the one that precision, recall, AUC are about"
+    )
     parser.add_argument("--freeze", action="store_true", help="train the classifier only (linear probe)")
     parser.add_argument("--flip", type=float, default=0.5, help="probability of a left-right flip; 0 for text")
     parser.add_argument("--seed", type=int, default=0)
@@ -239,9 +236,9 @@ def _add_gallery(commands: Any) -> None:
     merge.add_argument("into")
     verb("list", _list, "identities with their number of templates")
     search = verb("search", _search, "nearest templates", path=True)
-    search.add_argument("-k", type=int, default=10)
+    search.add_argument("-k", type=_count, default=10)
     identify = verb("identify", _identify, "name each image, or say unknown", path=True)
-    identify.add_argument("-k", type=int, default=5, help="neighbours that come with each answer")
+    identify.add_argument("-k", type=_count, default=5, help="neighbours that come with each answer")
     verify = verb("verify", _verify, "check that an image shows who it claims to", path=True)
     verify.add_argument("--label", required=True, help="the claimed identity")
     calibrate = verb("calibrate", _calibrate, "set the unknown threshold from strangers", path=True)
@@ -315,7 +312,7 @@ def _embed(options: argparse.Namespace) -> Result:
     from embedlab.encoders import Encoder
     from embedlab.retrieval import write_embeddings
 
-    encoder = Encoder.load(options.encoder)
+    encoder = _on_device(Encoder.load(options.encoder))
     source = _source(options.path, options.select)
     started = time.perf_counter()
     embeddings = encoder.embed(
@@ -349,12 +346,15 @@ def _evaluate(options: argparse.Namespace) -> Result:
         raise ValueError(
             "--open-set needs --calibrate-select COLUMN=VALUE: identities, not tested, that set the threshold."
         )
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after the work
     started = time.perf_counter()
     rows: dict[str, Result] = {}
     for name, read in _readers(options).items():
         query = read(options.path, options.select)
         searched = options.reference or (options.path if options.reference_select else None)
         reference = None if searched is None else read(searched, options.reference_select)
+        _refuse_shared_images(query, reference)
         rows[name] = evaluate_retrieval(query, reference, knn_k=options.knn_k)
         if options.open_set:
             strangers = read(options.path, options.calibrate_select)
@@ -367,7 +367,7 @@ def _evaluate(options: argparse.Namespace) -> Result:
     }
     result = {"results": rows, "protocol": protocol, "seconds": round(time.perf_counter() - started, 2)}
     if options.out:
-        options.out.write_text(json.dumps(_plain(result), indent=1), encoding="utf-8")
+        options.out.write_text(json.dumps(plain(result), indent=1), encoding="utf-8")
     text = table(rows, ["recall_at_1", "recall_at_5", "recall_at_10", "map_at_r", "r_precision", "knn_accuracy"])
     if options.open_set:
         trials = {name: row["open_set"] for name, row in rows.items()}
@@ -377,6 +377,18 @@ def _evaluate(options: argparse.Namespace) -> Result:
             f"{trial['calibration_strangers']} others at a promised FPIR of {trial['target_fpir']:.3f}\n"
         ) + table(trials, ["closed_set_accuracy", "detection_rate", "observed_fpir"])
     return {**result, "text": text}
+
+
+def _refuse_shared_images(query: Embeddings, reference: Embeddings | None) -> None:
+    """An image that finds itself says nothing about the encoder."""
+    if reference is None or query.paths is None or reference.paths is None:
+        return
+    shared = {os.path.realpath(path) for path in query.paths} & {os.path.realpath(path) for path in reference.paths}
+    if shared:
+        raise ValueError(
+            f"{len(shared)} images are queries and reference at once, first {min(shared)}: they would find themselves. "
+            "Leave out --reference for leave-one-out, or choose disjoint rows."
+        )
 
 
 def _readers(options: argparse.Namespace) -> dict[str, Callable[[str, list[str] | None], Embeddings]]:
@@ -396,6 +408,8 @@ def _readers(options: argparse.Namespace) -> dict[str, Callable[[str, list[str] 
         encoders["raw pixels"] = Encoder(pixels, **encoder.preprocessing)
         encoders["untrained"] = encoder.untrained(_some_images(encoder, options))
 
+    encoders = {name: _on_device(embedder) for name, embedder in encoders.items()}
+
     def reader(embedder: Encoder) -> Callable[[str, list[str] | None], Embeddings]:
         return lambda path, select: embedder.embed(
             _source(path, select),
@@ -405,6 +419,13 @@ def _readers(options: argparse.Namespace) -> dict[str, Callable[[str, list[str] 
         )
 
     return {name: reader(embedder) for name, embedder in encoders.items()}
+
+
+def _on_device(encoder: Encoder) -> Encoder:
+    """On the GPU where there is one."""
+    import torch
+
+    return encoder.to("cuda") if torch.cuda.is_available() else encoder
 
 
 def _some_images(encoder: Encoder, options: argparse.Namespace) -> Any:
@@ -455,6 +476,7 @@ def _finetune(options: argparse.Namespace) -> Result:
         classifier=options.classifier,
         loss=loss,
         freeze=options.freeze,
+        positive=options.positive,
         seed=options.seed,
         run=options.run,
         progress=not options.json,
@@ -462,6 +484,7 @@ def _finetune(options: argparse.Namespace) -> Result:
     low, high = report["accuracy_interval"] or (float("nan"),) * 2
     text = (
         f"accuracy {report['accuracy']:.3f} [{low:.3f}, {high:.3f}]  balanced {report['balanced_accuracy']:.3f}  "
+        f"F1 {report['f_beta']:.3f}  MCC {report['mcc']:.3f}  AUC {report['auc']:.3f}  "
         f"on {report['test_images']} test images, {len(report['classes'])} classes, {report['seconds']:.0f} s: "
         f"{options.run}"
     )
@@ -560,7 +583,9 @@ def _identify(options: argparse.Namespace) -> Result:
         report = evaluate_gallery(gallery, probes).to_dict() if labelled and gallery.calibration else None
     rows = [{"probe": name, **answer.to_dict()} for name, answer in zip(_names(probes), answers, strict=True)]
     lines = [f"{row['score'] or 0:.3f}  {row['label'] or 'unknown':30s}  {row['probe']}" for row in rows]
-    if rows and not rows[0]["calibrated"]:
+    if rows and not enrolled:
+        lines.append("The gallery is empty: nobody is enrolled. Run 'embedlab gallery enroll'.")
+    elif rows and not rows[0]["calibrated"]:
         lines.append(
             "The gallery is not calibrated, so every answer is unknown; the best guesses are "
             + ", ".join(sorted({str(row["best"]) for row in rows})[:5])
@@ -613,6 +638,8 @@ def _calibrate(options: argparse.Namespace) -> Result:
         f"strangers are taken for somebody\n(bound {found.bound:.2%}, observed {found.observed:.2%} on "
         f"{found.images} images of {found.strangers} strangers, worth {found.effective_strangers:.0f} independent ones)"
     )
+    if found.genuine_images:
+        text += f"\n{found.genuine_images} images carry names that are enrolled: genuine probes, which set no threshold"
     return {**found.to_dict(), "text": text}
 
 

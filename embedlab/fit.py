@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +23,9 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch import nn
 
+from embedlab._json import plain
 from embedlab.data import ImageData, Views
+from embedlab.data.splits import read_split
 from embedlab.methods import Method
 from embedlab.methods.trainer import SaveEncoder, quiet
 from embedlab.retrieval.monitor import Monitor
@@ -32,6 +35,9 @@ log = logging.getLogger("embedlab")
 _WRONG_KEY = re.compile(
     r"[Oo]ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|[Uu]nrecognized arguments: -*([\w.]+)"
 )
+
+
+_FALSE_START = {"config.yaml", "split.csv"}  # all that a run leaves which ended before its first step
 
 
 class RunFolderError(ValueError):
@@ -85,7 +91,10 @@ def _innermost(message: str) -> str:
     lines = [
         line
         for line in lines
-        if line and not line.startswith(("Given value", "Subtypes", "Errors", "Expected a <class 'NoneType'"))
+        if line
+        and not line.startswith(
+            ("Given value", "Subtypes", "Errors", "Does not validate", "Expected a <class 'NoneType'")
+        )
     ]
     told = [line for line in lines if _WRONG_KEY.search(line) or "Expected a" in line]
     inner = (told or lines or [message])[0]
@@ -123,10 +132,49 @@ def main(arguments: list[str]) -> int:
     started = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # bars and logs; stdout is for the result
         cli = _build([*_config_arguments(options.config), *rest], run)
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+        if checkpoint is not None:
+            _require_same_roles(cli.datamodule, run / "split.csv")
+            if cli.trainer.is_global_zero:
+                _keep_metrics(run)
+        with _explained(run):
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
     if cli.trainer.is_global_zero:
         _report(cli, run, time.perf_counter() - started, as_json=options.json)
     return 0
+
+
+def _require_same_roles(data: pl.LightningDataModule, split: Path) -> None:
+    """A resumed run must not train on images that it has held out before."""
+    if not isinstance(data, ImageData) or not split.is_file():
+        return
+    data.setup()
+    assert data.source is not None
+    try:
+        same = bool((read_split(split, data.source) == data.roles).all())
+    except ValueError:  # images that the run has not seen
+        same = False
+    if not same:
+        raise RunFolderError(
+            f"These are not the images and roles of the run before, which are in {split}: other data, seed or "
+            "fractions? --resume without -c goes on as before; for anything else choose another folder by --run."
+        )
+
+
+@contextlib.contextmanager
+def _explained(run: Path) -> Iterator[None]:
+    """PyTorch lists every key of a checkpoint that does not fit; say instead what that means, and spoil nothing."""
+    config = run / "config.yaml"
+    saved = config.read_bytes() if config.is_file() else b""
+    try:
+        yield
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        config.write_bytes(saved)
+        raise RunFolderError(
+            f"The checkpoint in {run} is of another network than the recipe's. --resume without -c goes on with the "
+            f"run's own {run}/config.yaml; for another recipe choose another folder by --run."
+        ) from error
 
 
 def _config_arguments(configs: list[str]) -> list[str]:
@@ -141,9 +189,9 @@ def _default_run(configs: list[str]) -> Path:
 
 def _prepare(run: Path, *, resume: bool) -> Path | None:
     """Refuse to overwrite a run; find the checkpoint to resume from."""
-    if "LOCAL_RANK" in os.environ:  # a further process of the same run: the first one has looked already
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0:  # a further process of the same run
         return _newest_checkpoint(run) if resume else None
-    used = run.is_dir() and any(run.iterdir())
+    names = {path.name for path in run.iterdir()} if run.is_dir() else set()
     if resume:
         checkpoint = _newest_checkpoint(run)
         if checkpoint is None:
@@ -151,7 +199,7 @@ def _prepare(run: Path, *, resume: bool) -> Path | None:
                 f"Nothing to resume: {run}/checkpoints holds no checkpoint. Start it without --resume."
             )
         return checkpoint
-    if used:
+    if not names <= _FALSE_START:
         raise RunFolderError(
             f"{run} already holds a run. Go on with it by --resume, choose another folder by --run, or delete it."
         )
@@ -171,6 +219,15 @@ def _newest_checkpoint(run: Path) -> Path | None:
 
 
 def _build(arguments: list[str], run: Path) -> _FitCLI:
+    try:
+        return _command_line(arguments, run)
+    except ValueError as error:  # of a constructor; jsonargparse wraps it into all that it tried
+        if "Union subtypes" not in str(error):
+            raise
+        raise ValueError(_innermost(str(error))) from error
+
+
+def _command_line(arguments: list[str], run: Path) -> _FitCLI:
     run_folder = str(run)
     return _FitCLI(
         Method,
@@ -192,7 +249,12 @@ def _build(arguments: list[str], run: Path) -> _FitCLI:
             "log_every_n_steps": 10,
             "enable_model_summary": False,
             "callbacks": [
-                ModelCheckpoint(f"{run_folder}/checkpoints", filename="last", enable_version_counter=False),
+                ModelCheckpoint(
+                    f"{run_folder}/checkpoints",
+                    filename="last",
+                    enable_version_counter=False,
+                    save_on_train_epoch_end=True,  # else only after a validation, which the last epoch need not have
+                ),
                 SaveEncoder(f"{run_folder}/encoder"),
                 Monitor(),
             ],
@@ -214,7 +276,7 @@ def _report(cli: _FitCLI, run: Path, seconds: float, *, as_json: bool) -> None:
         "metrics": figures,
     }
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(plain(result)))
         return
     shown = "  ".join(f"{name} {value:.4f}" for name, value in sorted(figures.items()))
     print(f"{cli.trainer.global_step} steps in {seconds:.0f} s  {shown}")

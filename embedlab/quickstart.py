@@ -23,6 +23,7 @@ import pytorch_lightning as pl
 import torch
 
 from embedlab import __version__
+from embedlab._json import plain
 from embedlab._types import Embeddings
 from embedlab.data import ImageData, Source, Views, render_glyphs, split_glyphs
 from embedlab.data.glyphs import Glyphs
@@ -32,6 +33,7 @@ from embedlab.methods import Method, MetricLearning, SimCLR
 from embedlab.methods.trainer import StepBar, fast_precision, quiet
 from embedlab.metrics import detection_identification_rate, knn_accuracy
 from embedlab.retrieval import Gallery, OpenSetReport, evaluate_gallery
+from embedlab.retrieval.calibration import refuse_if_unsupported
 from embedlab.retrieval.evaluation import table
 from embedlab.retrieval.open_set import choose_templates, halve_identities, open_set_trial, take
 from embedlab.serving.pictures import REFUSED, RIGHT, WRONG, Decision, draw_decisions, draw_map
@@ -89,12 +91,15 @@ def run(out: Path, *, seed: int = 0, fpir: float = 0.05, effort: float = 1.0) ->
     """
     if effort <= 0:
         raise ValueError(f"effort is a share of the training steps above 0, got {effort}.")
+    if not 0 < fpir < 1:
+        raise ValueError(f"fpir lies between 0 and 1, got {fpir}; 5 % is 0.05.")
     quiet()
     job = Run(_prepare(out), seed, fpir, effort)
     with job.phase("characters", "[1/6] Draw the printed characters of twelve font styles, each picture distorted"):
         glyphs = render_glyphs(seed=seed, copies=COPIES)
         split = split_glyphs(glyphs, seed)
         calibrate, test = (_first_copies(part) for part in (split.calibrate, split.test))
+    refuse_if_unsupported(_identities(calibrate), len(calibrate), fpir)  # before minutes of training
     with job.phase("training", f"[2/6] Train on {_identities(split.train)} characters by supervised contrastive loss"):
         headed = _train_characters(job, split.train)
     with job.phase("choice", f"[3/6] Choose the gallery's layer on {_identities(calibrate)} other characters"):
@@ -113,7 +118,7 @@ def run(out: Path, *, seed: int = 0, fpir: float = 0.05, effort: float = 1.0) ->
         _pictures(job, encoder, test)
     report["seconds"]["pictures"] = job.seconds["pictures"]
     report["seconds"]["total"] = round(sum(job.seconds.values()), 1)
-    (job.out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    (job.out / "report.json").write_text(json.dumps(plain(report), indent=1, ensure_ascii=False), encoding="utf-8")
     return {**report, "out": str(out), "text": _text(report, out, encoder)}
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -108,6 +111,17 @@ def test_every_recipe_runs(recipe, pictures, tmp_path, capsys) -> None:
         assert (tmp_path / "run" / part).is_file(), part
 
 
+def test_the_checkpoint_is_that_of_the_last_epoch_also_without_a_validation_there(pictures, tmp_path, capsys) -> None:
+    epochs = ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2"]
+    result = ask(
+        capsys,
+        *["fit", "-c", RECIPES / "supcon.yaml", f"--data.init_args.root={pictures}", "--run", tmp_path / "run"],
+        *[*SMALL, *epochs],
+    )
+    checkpoint = torch.load(result["checkpoint"], weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["global_step"]) == (2, result["steps"])
+
+
 def test_fit_leaves_an_encoder_that_the_other_commands_take(run, pictures, tmp_path, capsys) -> None:
     stored = tmp_path / "stored"
     found = ask(
@@ -135,8 +149,9 @@ def test_a_run_is_never_overwritten_and_can_be_resumed(run, pictures, capsys) ->
     message = fails(capsys, *again)
     assert f"{run} already holds a run. Go on with it by --resume, choose another folder" in message
     before = Encoder.load(run / "encoder").fingerprint
-    resumed = ask(capsys, "fit", "--run", run, "--resume", "--trainer.max_epochs=3")
-    assert resumed["steps"] == 3 * resumed["steps"] // 3
+    ask(capsys, "fit", "--run", run, "--resume", "--trainer.max_epochs=3")
+    assert (run / "metrics-1.csv").is_file()
+    assert (run / "metrics-1.csv").is_file(), "the figures of the first part stay"
     assert Encoder.load(run / "encoder").fingerprint != before
     assert "Nothing to resume" in fails(capsys, "fit", "--run", run / "nowhere", "--resume")
     assert "needs a recipe" in fails(capsys, "fit")
@@ -265,6 +280,7 @@ def test_finetune_from_an_encoder_and_from_scratch(pictures, encoder, tmp_path, 
     tuned = ask(capsys, "finetune", pictures, "--encoder", encoder, "--run", tmp_path / "a", *arguments)
     assert tuned["train_images"] == 24
     assert (tmp_path / "a" / "predictions.csv").is_file()
+    assert (tmp_path / "a" / "split.csv").read_text().count(",test") == tuned["test_images"]
     assert Encoder.load(tmp_path / "a" / "encoder").dim == 64
     scratch = ask(
         capsys, "finetune", pictures, "--scratch-like", encoder, "--run", tmp_path / "b", "--loss", "focal", *arguments
@@ -290,6 +306,8 @@ def test_bad_input_is_one_clear_line(pictures, encoder, tmp_path, capsys) -> Non
     )
     assert "--select takes COLUMN=VALUE, got 'split'" in fails(capsys, "embed", pictures, *out, "--select", "split")
     assert "needs --encoder FOLDER" in fails(capsys, "evaluate", pictures)
+    itself = ["evaluate", pictures, "--reference", pictures, "--encoder", encoder]
+    assert "96 images are queries and reference at once" in fails(capsys, *itself)
     assert "is no gallery" in fails(capsys, "gallery", "info", tmp_path / "nothing")
     ask(capsys, "gallery", "create", tmp_path / "gallery", "--encoder", encoder)
     assert "has no labels" in fails(capsys, "gallery", "enroll", tmp_path / "gallery", pictures / "c00")
@@ -328,3 +346,54 @@ def test_an_interrupted_fit_leaves_a_folder_that_resumes_or_says_so(pictures, tm
             signal.sigtimedwait([], 0.1)
         fit.kill()
     assert main(["fit", "--run", str(tmp_path / "run"), "--resume", "--trainer.max_epochs=1", "--json"]) == 0
+
+
+def test_a_resume_with_other_data_or_another_network_spoils_nothing(run, pictures, tmp_path, capsys) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    kept = {name: (copy / name).read_bytes() for name in ("config.yaml", "split.csv", "metrics.csv")}
+    config = ["fit", "-c", run / "config.yaml", "--run", copy, "--resume", "--trainer.max_epochs=9"]
+    assert "not the images and roles of the run before" in fails(capsys, *config, "--data.init_args.seed=5")
+    assert {name: (copy / name).read_bytes() for name in kept} == kept
+    message = fails(capsys, *config, "--model.init_args.backbone.init_args.name=resnet18")
+    assert "of another network than the recipe's. --resume without -c goes on" in message
+    assert len(message.splitlines()) < 8, "not PyTorch's list of keys"
+    assert all((copy / name).read_bytes() == kept[name] for name in ("config.yaml", "split.csv"))
+
+
+def test_a_run_that_ended_before_its_first_step_can_be_started_again(pictures, tmp_path, capsys, monkeypatch) -> None:
+    run = tmp_path / "run"
+    command = ["fit", "-c", RECIPES / "supcon.yaml", "--run", run, f"--data.init_args.root={pictures}", *SMALL]
+    grey = "--data.init_args.channels=1"
+    assert "The data has 1 channels, the backbone takes 3" in fails(capsys, *command, grey)
+    assert (run / "split.csv").is_file()
+    ask(capsys, *command, "--trainer.max_epochs=1")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # torchrun sets it for the first process too
+    assert "already holds a run" in fails(capsys, *command)
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("--model.init_args.backbone.init_args.name=resnet11", "ResNet knows resnet8"),
+        ("--data.init_args.batch_size=0", "ImageData needs batch_size >= 1, got 0"),
+        ("--data.init_args.images_per_class=9", "need images_per_class from 2 .* to 8 .* got 9"),
+    ],
+)
+def test_a_value_that_a_class_refuses_is_told_in_one_line(pictures, tmp_path, capsys, override, text) -> None:
+    command = ["fit", "-c", RECIPES / "supcon.yaml", "--run", tmp_path / "run", f"--data.init_args.root={pictures}"]
+    message = fails(capsys, *command, *SMALL, override)
+    assert re.search(text, message)
+    assert "Union" not in message
+    assert "Namespace" not in message
+
+
+def test_numbers_and_folders_are_checked_before_the_work(pictures, encoder, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["embed", str(pictures), "--encoder", str(encoder), "--out", str(tmp_path / "e"), "--batch-size", "0"])
+    assert "takes a whole number from 1 on, got '0'" in capsys.readouterr().err
+    ask(capsys, "evaluate", pictures, "--encoder", encoder, "--out", tmp_path / "new" / "report.json")
+    assert (tmp_path / "new" / "report.json").is_file()
+    tune = ["finetune", pictures, "--encoder", encoder, "--run", tmp_path / "t", "--fractions", "0.8", "0.2", "0"]
+    assert "Nothing to test on" in fails(capsys, *tune)
+    assert "fpir lies between 0 and 1, got 5.0" in fails(capsys, "quickstart", "--fpir", "5", "--out", tmp_path / "q")

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch import nn
 
 from embedlab._types import Batch
 from embedlab.data import ImageData, Source, Views
+from embedlab.data.module import ImageBatches
 from embedlab.encoders import Encoder, MLPHead, ResNet
 from embedlab.losses import SupConLoss, TripletLoss
 from embedlab.methods import MetricLearning, NonFiniteLossError, SimCLR
@@ -59,6 +61,17 @@ def test_metric_learning_learns_and_leaves_an_encoder(tmp_path, loss) -> None:
     torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_metric_learning_can_throw_its_head_away(tmp_path) -> None:
+    method = MetricLearning(net(), MLPHead(8, norm="layer"), keep_head=False)
+    before = method.head.net[0].weight.clone()
+    trainer(tmp_path, callbacks=[SaveEncoder()]).fit(method, datamodule=data())
+    encoder = Encoder.load(tmp_path / "encoder")
+    assert (encoder.head, encoder.dim) == (None, net().out_features)
+    assert not torch.equal(method.head.net[0].weight, before), "the loss still goes through it"
+    method.eval()
+    assert torch.equal(method(torch.zeros(1, 3, 8, 8)), method.backbone(torch.zeros(1, 3, 8, 8)))
+
+
 def test_simclr_uses_two_views_and_no_labels(tmp_path) -> None:
     unlabelled = Source.from_arrays(source().pixels)
     module = data(root=unlabelled, split="none", images_per_class=None, views=Views(count=2))
@@ -97,7 +110,10 @@ def test_a_broken_loss_stops_before_the_weights_change(tmp_path, bad) -> None:
             weights[:] = [p.detach().clone() for p in arguments[1].parameters()]
 
     method = MetricLearning(net(), loss=Breaks())
-    with pytest.raises(NonFiniteLossError, match=rf"The loss is {bad} at step 2 \(epoch \d\); .* go on with --resume"):
+    with pytest.raises(
+        NonFiniteLossError,
+        match=rf"The loss is {bad} at step 2 \(epoch \d\); .* goes on from its last checkpoint by --resume",
+    ):
         trainer(tmp_path, max_epochs=9, callbacks=[Watch()]).fit(method, datamodule=data())
     assert all(torch.equal(a, b) for a, b in zip(weights, method.parameters(), strict=True))
 
@@ -201,12 +217,27 @@ def test_classification_fine_tunes_and_reports(tmp_path) -> None:
     before = encoder.fingerprint
     report = finetune(module, encoder, steps=60, rate=1e-2, backbone_rate=0.3, run=tmp_path / "run", progress=False)
     assert report["accuracy"] > 0.5
+    assert report["auc"] > 0.8
     assert encoder.fingerprint == before, "the encoder that was given stays as it is"
     assert json.loads((tmp_path / "run" / "report.json").read_text())["accuracy"] == report["accuracy"]
     lines = (tmp_path / "run" / "predictions.csv").read_text().splitlines()
     right = [line.split(",")[1] == line.split(",")[2] for line in lines[1:]]
     assert sum(right) / len(right) == pytest.approx(report["accuracy"])
     assert Encoder.load(tmp_path / "run" / "encoder").fingerprint != before
+
+
+def test_two_classes_by_group_report_the_positive_one() -> None:
+    labels = ["bad" if number % 3 == 0 else "good" for number in range(48)]
+    groups = [f"part {number // 4}" for number in range(48)]
+    parts = Source.from_arrays(source().pixels, labels, columns={"group": groups})
+    module = data(root=parts, split="group", images_per_class=None, fractions=(0.5, 0.0, 0.5))
+    encoder = Encoder(net(), image_size=12)
+    report = finetune(module, encoder, steps=2, positive="bad", progress=False)
+    low, high = report["accuracy_interval"]
+    assert low <= report["accuracy"] <= high
+    assert 0 <= report["auc"] <= 1
+    with pytest.raises(ValueError, match="positive names one of two classes; the data has .* got 'broken'"):
+        finetune(data(root=parts, split="group", images_per_class=None), encoder, positive="broken", progress=False)
 
 
 def test_a_linear_probe_leaves_the_backbone_alone(tmp_path) -> None:
@@ -233,3 +264,27 @@ def test_the_backbone_learns_at_its_own_rate() -> None:
     task = Classification(net(), backbone_rate=0.1)
     rates = {id(p): group["rate"] for group in task.parameter_groups() for p in group["params"]}
     assert {rates[id(p)] for p in task.backbone.parameters()} == {0.1}
+
+
+def test_the_limit_of_skipped_images_holds_for_the_role_not_for_a_batch(tmp_path) -> None:
+    paths = []
+    for number in range(120):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(np.full((8, 8, 3), number, dtype=np.uint8)).save(paths[-1])
+    (tmp_path / "3.png").write_bytes(b"broken")
+    settings = {"numbers": None, "image_size": 8, "on_error": "skip", "cache_gib": 0.0}
+    dataset = ImageBatches(Source(paths), np.arange(120), **settings)
+    for _ in range(3):
+        assert len(dataset[[2, 3, 4]]) == 2, "1 of 3 here, but 1 of 120 in all"
+    (tmp_path / "4.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="2 of 120 images cannot be read"):
+        dataset[[2, 3, 4]]
+
+
+def test_the_monitor_is_silent_where_no_image_has_a_mate(tmp_path) -> None:
+    roles = ["train", "train", "calibrate", "train", "train", "test"] * 8
+    lonely = [f"{number // 6}" if role == "train" else f"alone {number}" for number, role in enumerate(roles)]
+    pixels = Source.from_arrays(source().pixels, lonely, columns={"split": roles})
+    run = trainer(tmp_path, max_epochs=1, callbacks=[Monitor()])
+    run.fit(MetricLearning(net()), datamodule=data(root=pixels, split="column"))
+    assert "val/recall@1" not in run.callback_metrics

@@ -19,6 +19,7 @@ from tqdm import tqdm
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
 Fit = Literal["crop", "stretch", "pad"]
+SKIP_LIMIT = 0.01  # the largest share of unreadable files that on_error="skip" leaves out
 OnError = Literal["stop", "skip"]
 
 # A file is taken for an image by its suffix and decoded by its content.

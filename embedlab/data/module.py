@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from embedlab._types import Batch
-from embedlab.data.images import Fit, OnError
+from embedlab.data.images import SKIP_LIMIT, Fit, OnError, report_skipped
 from embedlab.data.samplers import BalancedBatches, EvaluationBatches, ShuffledBatches
 from embedlab.data.sources import Source, open_source
 from embedlab.data.splits import split_by_class, split_by_group, split_by_sample, write_split
@@ -56,15 +56,20 @@ class ImageBatches(Dataset[Batch]):
         self.channels = channels
         self.fit: Fit = fit
         self.on_error: OnError = on_error
+        self.skipped: dict[str, str] = {}
         self.cache: Tensor | None = None
         if len(rows) * channels * image_size**2 <= cache_gib * 2**30:
             images, self.rows = self._decode(rows)
             self.cache = torch.from_numpy(images)
 
     def _decode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        images, kept, _ = self.source.read(
-            rows, self.image_size, channels=self.channels, how=self.fit, on_error=self.on_error
+        """Read rows; the limit of skipped images holds for all rows of the role, not for one batch."""
+        images, kept, skipped = self.source.read(
+            rows, self.image_size, channels=self.channels, how=self.fit, on_error=self.on_error, skip_limit=1.0
         )
+        if new := [(name, reason) for name, reason in skipped if name not in self.skipped]:
+            self.skipped |= dict(new)
+            report_skipped(list(self.skipped.items()), len(self.rows), SKIP_LIMIT)
         return images, np.asarray(kept)
 
     @property
@@ -142,6 +147,17 @@ class ImageData(pl.LightningDataModule):
         on_error: OnError = "stop",
     ) -> None:
         super().__init__()
+        sizes = {"image_size": image_size, "batch_size": batch_size}
+        sizes |= {"decode_size": decode_size or image_size, "batches_per_epoch": batches_per_epoch or 1}
+        sizes |= {"labels_per_class": 1 if labels_per_class is None else labels_per_class}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"ImageData needs {name} >= 1, got {value}.")
+        if images_per_class is not None and not 2 <= images_per_class <= batch_size // 2:
+            raise ValueError(
+                f"Balanced batches of batch_size {batch_size} need images_per_class from 2 (for positives) to "
+                f"{batch_size // 2} (for negatives), got {images_per_class}; null shuffles all images instead."
+            )
         self.root = root
         self.image_size = image_size
         self.decode_size = decode_size or image_size

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from embedlab._ops import normalize
 from embedlab._types import Embeddings
-from embedlab.data.images import Fit, OnError, read_images, report_skipped
+from embedlab.data.images import SKIP_LIMIT, Fit, OnError, read_images, report_skipped
 from embedlab.data.sources import Source
 from embedlab.data.views import color_statistics
 from embedlab.encoders.backbones import Pixels, ResNet, TimmBackbone
@@ -38,7 +38,6 @@ _ARCHITECTURES: dict[str, type[nn.Module]] = {
     kind.__name__: kind for kind in (ResNet, TimmBackbone, Pixels, MLPHead, LinearHead)
 }
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{32})"')
-SKIP_LIMIT = 0.01  # the largest share of unreadable files that on_error="skip" leaves out
 _CHUNK = 2048  # images decoded at a time: bounds memory whatever the number of files
 
 
@@ -217,8 +216,6 @@ class Encoder(nn.Module):
         paths = None if source or isinstance(images, np.ndarray | Tensor) else [os.fspath(path) for path in images]  # type: ignore[union-attr]
         names = source.names if source else paths
         vectors, kept, skipped = [np.zeros((0, self.dim), np.float32)], [np.zeros(0, np.int64)], []
-        training = self.training
-        self.eval()
         with tqdm(total=len(images), desc="embed", unit="img", delay=1, disable=not progress) as bar:
             for start in range(0, len(images), _CHUNK):
                 rows = np.arange(start, min(start + _CHUNK, len(images)))
@@ -231,7 +228,6 @@ class Encoder(nn.Module):
                     chunk = torch.from_numpy(decoded)
                 kept.append(rows)
                 vectors += [self._embed_batch(part, precision) for part in torch.split(chunk, batch_size) if len(part)]
-        self.train(training)
         report_skipped(skipped, len(images), SKIP_LIMIT)
         ids = np.concatenate(kept)
         return Embeddings(
@@ -263,8 +259,13 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def _embed_batch(self, images: Tensor, precision: str) -> np.ndarray:
         images = images.to(self.mean.device)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            vectors: np.ndarray = self(images).float().cpu().numpy()
+        training = self.training
+        self.eval()
+        try:
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                vectors: np.ndarray = self(images).float().cpu().numpy()
+        finally:
+            self.train(training)
         return vectors
 
     def save(self, folder: str | Path) -> None:

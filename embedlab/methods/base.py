@@ -13,6 +13,7 @@ from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from embedlab._types import Batch
+from embedlab.data import ImageData
 from embedlab.encoders import connect
 
 
@@ -63,6 +64,13 @@ class Method(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Training mode, which Lightning leaves to us; channels-last with bf16, as alone either is worth little."""
+        data = getattr(self.trainer, "datamodule", None)
+        expected = getattr(self.backbone, "in_channels", None)
+        if isinstance(data, ImageData) and expected not in (None, data.channels):
+            raise ValueError(
+                f"The data has {data.channels} channels, the backbone takes {expected}; set "
+                "data.init_args.channels or model.init_args.backbone.init_args.in_channels to the other's value."
+            )
         if stage == "fit":
             self.train()
         if "bf16" in str(self.trainer.precision):
@@ -78,7 +86,7 @@ class Method(pl.LightningModule):
             raise NonFiniteLossError(
                 f"The loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); the weights are "
                 "those of the step before. Usual causes: a learning rate too high, a temperature too low, or broken "
-                "images. The last checkpoint is in the run folder; lower the learning rate and go on with --resume."
+                "images. Lower the learning rate; a run of 'embedlab fit' goes on from its last checkpoint by --resume."
             )
 
     def parameter_groups(self) -> list[dict[str, Any]]:

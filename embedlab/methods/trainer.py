@@ -23,6 +23,7 @@ _NOISE = (
     ".*Total length of `list` across ranks is zero.*",
     ".*module\\(s\\) in eval mode at the start of training.*",
     ".*Experiment logs directory .* exists and is not empty.*",
+    ".*recommended to use `self.log\\(.*sync_dist=True\\)`.*",
     ".*No seed found, seed set to.*",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     ".*Checkpoint directory .* exists and is not empty.*",

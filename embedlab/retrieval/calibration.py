@@ -147,7 +147,7 @@ def calibrate_threshold(
     sizes = np.bincount(groups)  # (n,) images of each identity
     correlation = _score_correlation(values.astype(np.float64), groups, sizes)
     effective = _effective(sizes, correlation)
-    _refuse_if_unsupported(len(sizes), len(values), fpir, confidence)
+    refuse_if_unsupported(len(sizes), len(values), fpir, confidence)
 
     order = np.argsort(-values, kind="stable")
     descending = values[order]
@@ -247,7 +247,8 @@ def _effective(sizes: np.ndarray[Any, Any], correlation: Any) -> Floats:
     return np.asarray(len(sizes) ** 2 / variance, dtype=float)
 
 
-def _refuse_if_unsupported(identities: int, images: int, fpir: float, confidence: float) -> None:
+def refuse_if_unsupported(identities: int, images: int, fpir: float, confidence: float = 0.95) -> None:
+    """Raise CalibrationError when so many strangers cannot support the target, whatever their scores."""
     needed = strangers_needed(fpir, confidence)
     if identities < needed * (1 - 1e-12):
         possible = 1 - (1 - confidence) ** (1 / identities)

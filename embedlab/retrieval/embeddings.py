@@ -49,7 +49,11 @@ def write_embeddings(
     if folder.exists() and any(folder.iterdir()) and not (overwrite and (folder / "protocol.json").is_file()):
         raise ValueError(
             f"{folder} is not empty; choose a new folder"
-            + (", since it holds no stored embeddings to replace." if overwrite else " or pass overwrite=True.")
+            + (
+                ", since it holds no stored embeddings to replace."
+                if overwrite
+                else " or pass overwrite=True (--overwrite)."
+            )
         )
     count, dim = embeddings.vectors.shape
     with new_folder(folder, replace=overwrite) as building:

@@ -45,5 +45,7 @@ class Monitor(pl.Callback):
             for name in ("embeddings", "labels", "index")
         )
         _, once = np.unique(index, return_index=True)
+        if len(np.unique(labels[once])) == len(once):  # no image has a class-mate to find
+            return
         value = recall_at_k(embeddings[once], labels[once], k=1)
         pl_module.log("val/recall@1", float(value), prog_bar=True, rank_zero_only=True)

@@ -154,7 +154,8 @@ class Classification(Method):
     def _log_report(self, stage: str, *, keep: bool = False) -> None:
         if self.outputs and not self.trainer.sanity_checking:
             probabilities, labels, _ = self.predictions()
-            report = classification_report(probabilities.argmax(axis=1), labels)
+            names = np.array(self.trainer.datamodule.class_names)  # type: ignore[attr-defined]
+            report = classification_report(names[probabilities.argmax(axis=1)], names[labels])
             for name in ("accuracy", "balanced_accuracy", "f_beta"):
                 self.log(f"{stage}/{name}", float(report[name]), prog_bar=name == "accuracy", rank_zero_only=True)
         if not keep:

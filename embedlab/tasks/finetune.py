@@ -14,7 +14,8 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from embedlab.data import ImageData
+from embedlab._json import plain
+from embedlab.data import ImageData, write_split
 from embedlab.encoders import Encoder
 from embedlab.methods.trainer import SaveEncoder, StepBar, fast_precision, quiet
 from embedlab.metrics import bootstrap_interval, classification_report
@@ -33,6 +34,7 @@ def finetune(
     loss: nn.Module | None = None,
     freeze: bool = False,
     precision: Literal["32-true", "bf16-mixed"] | None = None,
+    positive: str | None = None,
     seed: int = 0,
     run: str | Path | None = None,
     progress: bool = True,
@@ -50,6 +52,8 @@ def finetune(
         loss: See `Classification`.
         freeze: Train the classifier only.
         precision: Of the network in training and test; None takes bf16-mixed where the hardware is fast at it.
+        positive: Of two classes, the one that precision, recall, F1 and so on are about; None takes the mean over all
+            classes, each against the rest.
         seed: Of the classifier's weights.
         run: Folder for report.json, predictions.csv, encoder/ and checkpoints/; None keeps nothing.
         progress: Show bars.
@@ -57,6 +61,15 @@ def finetune(
     Returns:
         The figures of the last step on the test role, with the protocol that made them.
     """
+    if positive is not None:
+        data.setup()
+        if len(data.class_names) != 2 or positive not in data.class_names:
+            raise ValueError(
+                f"positive names one of two classes; the data has {data.class_names[:5]}, got {positive!r}."
+            )
+    data.setup()
+    if not (data.roles == "test").any():
+        raise ValueError(f"Nothing to test on: no image has the role test (split {data.split}).")
     quiet()
     precision = precision or fast_precision()
     torch.manual_seed(seed)
@@ -92,9 +105,17 @@ def finetune(
     probabilities, targets, rows = model.predictions()
     predicted = probabilities.argmax(axis=1)
     right = (predicted == targets).astype(float)
+    names = np.array(data.class_names)
     report: dict[str, Any] = {
-        **classification_report(predicted, targets),
-        "accuracy_interval": bootstrap_interval(right, np.arange(len(right))) if len(right) > 1 else None,
+        **classification_report(
+            names[predicted],
+            names[targets],
+            scores=_scores(probabilities, data, positive),
+            positive=positive,
+            classes=data.class_names,
+        ),
+        "positive": positive,
+        "accuracy_interval": _interval(right, data, rows),
         "test_images": len(targets),
         "train_images": len(data.dataset("train")),
         "classes": data.class_names,
@@ -116,6 +137,18 @@ def finetune(
     return report
 
 
+def _scores(probabilities: np.ndarray, data: ImageData, positive: str | None) -> np.ndarray:
+    """What the AUC is of: the positive class's probability, or every class's."""
+    return probabilities if positive is None else probabilities[:, data.class_names.index(positive)]
+
+
+def _interval(right: np.ndarray, data: ImageData, rows: np.ndarray) -> tuple[float, float] | None:
+    """95 %, by resampling groups where the split is by group, else images."""
+    assert data.source is not None
+    owners = np.array(data.source.column("group"))[rows] if data.split == "group" else rows
+    return bootstrap_interval(right, owners) if len(set(owners.tolist())) > 1 else None
+
+
 def _write(
     run: Path,
     report: dict[str, Any],
@@ -125,8 +158,9 @@ def _write(
     targets: np.ndarray,
     rows: np.ndarray,
 ) -> None:
-    (run / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     assert data.source is not None
+    write_split(run / "split.csv", data.source, data.roles)
+    (run / "report.json").write_text(json.dumps(plain(report), indent=1), encoding="utf-8")
     with (run / "predictions.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "predicted", "probability"])
