@@ -218,6 +218,7 @@ def test_classification_fine_tunes_and_reports(tmp_path) -> None:
     report = finetune(module, encoder, steps=60, rate=1e-2, backbone_rate=0.3, run=tmp_path / "run", progress=False)
     assert report["accuracy"] > 0.5
     assert report["auc"] > 0.8
+    assert 0 < report["precision"] <= 1
     assert encoder.fingerprint == before, "the encoder that was given stays as it is"
     assert json.loads((tmp_path / "run" / "report.json").read_text())["accuracy"] == report["accuracy"]
     lines = (tmp_path / "run" / "predictions.csv").read_text().splitlines()

@@ -127,7 +127,7 @@ def finetune(
         "rate": rate,
         "backbone_rate": backbone_rate,
         "loss": type(model.loss).__name__,
-        "precision": precision,
+        "trainer_precision": precision,
         "encoder": encoder.fingerprint,
         "seconds": round(seconds, 2),
         "epoch": "last",
