@@ -89,3 +89,5 @@ def test_a_batch_larger_than_the_data_is_cut(caplog) -> None:
 def test_evaluation_counts_every_sample_once_without_padding() -> None:
     ranks = [list(EvaluationBatches(11, 2, rank=rank, world=3)) for rank in range(3)]
     assert sorted(row for rank in ranks for batch in rank for row in batch) == list(range(11))
+    with pytest.raises(ValueError, match="2 images to evaluate cannot be shared by 3 processes"):
+        EvaluationBatches(2, 2, rank=0, world=3)

@@ -144,6 +144,8 @@ class EvaluationBatches(_Batches):
 
     def __init__(self, rows: int, batch_size: int, *, rank: int | None = None, world: int | None = None) -> None:
         super().__init__(rows, 0, rank, world)
+        if rows < self.num_replicas:  # a process without any would miss the others' collectives and hang them
+            raise ValueError(f"{rows} images to evaluate cannot be shared by {self.num_replicas} processes; use fewer.")
         self.mine = np.arange(rows)[self.rank :: self.num_replicas]
         self.batch_size = batch_size
 
