@@ -84,6 +84,37 @@ def gather(x: Tensor) -> Tensor:
     return gathered
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """All ranks' tensors added up; every rank's graph reaches only its own summand.
+
+    The gradient is multiplied by the number of ranks because DistributedDataParallel then takes the mean over ranks.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:  # noqa: ARG004
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:  # noqa: ARG004
+        (grad,) = grads
+        return grad * world_size()
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Add up tensors of one shape over all ranks, the same on every rank, with gradient.
+
+    Without torch.distributed this is the identity. The gradient is scaled so that the mean over ranks of the
+    parameters' gradients equals one process that adds up everything. It needs no rows of other ranks, so it is the
+    cheap choice where a loss is a plain sum over rows; where rows meet rows of other ranks, use `gather`.
+    """
+    if world_size() == 1:
+        return x
+    total: Tensor = _SumOverRanks.apply(x)
+    return total
+
+
 # splitmix64, Steele et al. 2014; int64 products wrap around, which is what the hash wants
 _GAMMA, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 

@@ -34,10 +34,8 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+def draw(root: Path) -> Path:
     """Twelve classes of eight pictures: a colour each, with noise."""
-    root = tmp_path_factory.mktemp("pictures")
     random = np.random.default_rng(0)
     for number in range(12):
         (root / f"c{number:02d}").mkdir()
@@ -46,6 +44,11 @@ def pictures(tmp_path_factory) -> Path:
             pixels = (colour + random.normal(0, 25, (20, 20, 3))).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / f"c{number:02d}" / f"{copy}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return draw(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

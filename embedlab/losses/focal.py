@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embedlab._ops import at_least_float32
+from embedlab.losses._base import mean_over_ranks
 
 
 def _check_gamma(name: str, gamma: float) -> None:
@@ -25,6 +26,7 @@ class FocalLoss(nn.Module):
     Args:
         gamma: Focusing strength, >= 0; 0 is cross entropy, 2 the paper's choice.
         class_weights: One weight per class (the paper's alpha), or None for 1.
+        gather: Take the mean over the targets of all ranks; every rank has to call the loss.
 
     Shape: logits (B, C, ...) and int64 targets (B, ...) to a scalar, the plain mean over all targets (weights do not
         change the divisor).
@@ -36,10 +38,12 @@ class FocalLoss(nn.Module):
 
     class_weights: Tensor | None
 
-    def __init__(self, gamma: float = 2.0, *, class_weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, gamma: float = 2.0, *, class_weights: Sequence[float] | None = None, gather: bool = True
+    ) -> None:
         super().__init__()
         _check_gamma("FocalLoss", gamma)
-        self.gamma = gamma
+        self.gamma, self.gather = gamma, gather
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights, persistent=False)
 
@@ -54,7 +58,7 @@ class FocalLoss(nn.Module):
         terms = -((-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny) ** self.gamma) * log_p
         if self.class_weights is not None:
             terms = terms * self.class_weights.to(terms.dtype)[targets]
-        return terms.mean()
+        return mean_over_ranks(terms.flatten(), self.gather)
 
 
 class BinaryFocalLoss(nn.Module):
@@ -63,6 +67,7 @@ class BinaryFocalLoss(nn.Module):
     Args:
         gamma: Focusing strength, >= 0; 0 is binary cross entropy.
         alpha: Weight of the positive class in [0, 1], 1 - alpha that of the negative; None weighs both 1.
+        gather: Take the mean over the targets of all ranks; every rank has to call the loss.
 
     Shape: logits (...) and targets (...) in [0, 1], any shape, to a scalar, the mean over all elements.
 
@@ -71,13 +76,12 @@ class BinaryFocalLoss(nn.Module):
         tensor(0.1733)
     """
 
-    def __init__(self, gamma: float = 2.0, *, alpha: float | None = 0.25) -> None:
+    def __init__(self, gamma: float = 2.0, *, alpha: float | None = 0.25, gather: bool = True) -> None:
         super().__init__()
         _check_gamma("BinaryFocalLoss", gamma)
         if alpha is not None and not 0 <= alpha <= 1:
             raise ValueError(f"BinaryFocalLoss needs alpha in [0, 1] or None, got {alpha}.")
-        self.gamma = gamma
-        self.alpha = alpha
+        self.gamma, self.alpha, self.gather = gamma, alpha, gather
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         if logits.shape != targets.shape:
@@ -93,4 +97,4 @@ class BinaryFocalLoss(nn.Module):
         terms = miss**self.gamma * cross_entropy
         if self.alpha is not None:
             terms = terms * (self.alpha * targets + (1 - self.alpha) * (1 - targets))
-        return terms.mean()
+        return mean_over_ranks(terms.flatten(), self.gather)

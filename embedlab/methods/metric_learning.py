@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -9,7 +12,9 @@ from torch import Tensor, nn
 from embedlab._ops import at_least_float32, gather
 from embedlab._types import Batch
 from embedlab.losses import SupConLoss
-from embedlab.methods.base import Method
+from embedlab.losses._base import apply_loss, gathers
+from embedlab.losses.proxies import MarginSoftmaxLoss
+from embedlab.methods.base import Method, decay_groups
 
 
 class MetricLearning(Method):
@@ -20,8 +25,13 @@ class MetricLearning(Method):
         head: Features to what the loss compares; None trains the features themselves.
         keep_head: Whether the head belongs to the encoder. False throws it away after training, as Khosla et al. do:
             with few training classes the backbone's features tell unseen ones better apart.
-        loss: A loss of `embedlab.losses`, or any module that takes (embeddings, labels). Its parameters are trained
-            too. A foreign loss is given the union of all ranks' batches.
+        loss: A loss of `embedlab.losses`, or any module that takes (embeddings, labels), such as those of
+            pytorch-metric-learning. Its parameters are trained too. A foreign loss is given the union of all ranks'
+            batches.
+        miner: A miner of pytorch-metric-learning for a loss of that package; ours take one as `mining`.
+        loss_rate: Learning rate of the loss's own parameters as a multiple of the network's; ProxyAnchorLoss's paper
+            takes 100.
+        shard_classes: Share the loss's class proxies out among the ranks, for numbers of classes that do not fit each.
         optimizer: Parameter groups to optimizer.
         warmup: Share of all steps over which the learning rate rises.
     """
@@ -33,12 +43,89 @@ class MetricLearning(Method):
         *,
         keep_head: bool = True,
         loss: nn.Module | None = None,
+        miner: nn.Module | None = None,
+        loss_rate: float = 1.0,
+        shard_classes: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup: float = 0.1,
     ) -> None:
         super().__init__(backbone, head, optimizer=optimizer, warmup=warmup)
         self.keep_head = keep_head
         self.loss = SupConLoss() if loss is None else loss
+        if miner is not None and gathers(self.loss):
+            raise ValueError(
+                f"{type(self.loss).__name__} chooses its pairs itself: give it mining=..., such as "
+                "mining='batch-hard', and leave MetricLearning's miner to losses of pytorch-metric-learning."
+            )
+        self.miner, self.loss_rate, self.shard_classes = miner, loss_rate, shard_classes
+        if shard_classes and not self.sharded():
+            raise ValueError(
+                f"shard_classes shares out the classes of ArcFaceLoss and its kin, but the loss is "
+                f"{type(self.loss).__name__}; leave it off."
+            )
+
+    def setup(self, stage: str) -> None:
+        """Compare the loss's number of classes with the data's."""
+        super().setup(stage)
+        there = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        for part in self.loss.modules():
+            made_for = getattr(part, "num_classes", None)
+            if stage == "fit" and there and made_for and made_for < there:
+                raise ValueError(
+                    f"{type(part).__name__} was made for {made_for} classes, the training data has {there}; set "
+                    f"model.init_args.loss.init_args.num_classes to {there}."
+                )
+
+    def sharded(self) -> dict[str, MarginSoftmaxLoss]:
+        """The losses, by name, whose proxies differ between ranks."""
+        if not self.shard_classes:
+            return {}
+        return {name: part for name, part in self.named_modules() if isinstance(part, MarginSoftmaxLoss)}
+
+    def configure_model(self) -> None:
+        """Share the classes out as soon as the ranks know each other."""
+        for part in self.sharded().values():
+            part.shard()
+        # read by DistributedDataParallel, which would make the shards of all ranks equal
+        self._ddp_params_and_buffers_to_ignore = [f"{name}.proxies" for name in self.sharded()]
+
+    def on_fit_start(self) -> None:
+        """Refuse what would let the ranks drift apart."""
+        if self.sharded() and self.trainer.gradient_clip_val:
+            raise ValueError(
+                "trainer.gradient_clip_val with model.shard_classes would clip by another norm on each rank; set one "
+                "of them off."
+            )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The network's, and the loss's own parameters at their own learning rate."""
+        learned = {id(parameter) for parameter in self.loss.parameters()}
+        network = [parameter for parameter in self.parameters() if id(parameter) not in learned]
+        return decay_groups(network) + decay_groups(self.loss.parameters(), rate=self.loss_rate)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The optimizer's state of all ranks' classes goes into the checkpoint, as the classes do."""
+        self._convert(checkpoint, lambda part, rows: part.all_rows(rows), of_shard=True)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Of the optimizer's state take this rank's classes."""
+        self._convert(checkpoint, lambda part, rows: part.own_rows(rows), of_shard=False)
+
+    def _convert(
+        self, checkpoint: dict[str, Any], change: Callable[[MarginSoftmaxLoss, Tensor], Tensor], *, of_shard: bool
+    ) -> None:
+        """Change, in a checkpoint, the optimizer's tensors that have a row for each proxy."""
+        order = [parameter for group in self.parameter_groups() for parameter in group["params"]]
+        for part in self.sharded().values():
+            if not part.sharded:
+                continue
+            number = next(place for place, parameter in enumerate(order) if parameter is part.proxies)
+            rows = len(part.proxies) if of_shard else part.num_classes * part.per_class
+            for state in checkpoint.get("optimizer_states", []):
+                state["state"][number] = {  # a new one: the optimizer goes on with the old
+                    name: change(part, value) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
+                    for name, value in state["state"].get(number, {}).items()
+                }
 
     @property
     def embedding_head(self) -> nn.Module | None:
@@ -57,8 +144,16 @@ class MetricLearning(Method):
         features = self.backbone(torch.cat(batch.views))  # (V B, F)
         embeddings = features if self.head is None else self.head(features)  # (V B, D)
         labels = batch.labels.repeat(len(batch.views))
-        if not hasattr(self.loss, "gather"):
-            embeddings, labels = gather(at_least_float32(embeddings)), gather(labels)
-        loss: Tensor = self.loss(embeddings, labels)
+        loss = apply_loss(self.loss, embeddings, labels) if self.miner is None else self._mined(embeddings, labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
+        return loss
+
+    def _mined(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """A foreign loss on the pairs or triplets that a foreign miner chooses, the same on all ranks."""
+        assert self.miner is not None
+        embeddings, labels = gather(at_least_float32(embeddings)), gather(labels)
+        with torch.random.fork_rng(devices=[embeddings.device] if embeddings.is_cuda else []):
+            torch.manual_seed(self.global_step)  # each rank's own generator would choose otherwise
+            chosen = self.miner(embeddings, labels)
+        loss: Tensor = self.loss(embeddings, labels, chosen)
         return loss
