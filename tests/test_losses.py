@@ -397,7 +397,7 @@ def test_threads_take_the_tiles_when_there_are_enough(monkeypatch, threads, loss
     def tile(*arguments):
         seen.add(threading.get_ident())
         inside.add(torch.get_num_threads())
-        time.sleep(0.001)  # so that no thread is through before the other starts
+        time.sleep(0.02)  # so that no thread is through before the other starts
         return original(*arguments)
 
     monkeypatch.setattr(_tiles.Plan, "tile", tile)

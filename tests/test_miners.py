@@ -114,7 +114,7 @@ def asked(miner, inputs: tuple[Tensor, ...]) -> tuple[Counter, Counter]:
     anchors = unit(z.detach())[plan.order]
     candidates = unit(reference[0].detach())[plan.candidate_order] if reference else anchors
     positives, negatives = Counter(), Counter()
-    for first, last in plan.ranges(z.device):
+    for first, last in plan.ranges(z):
         buffer = torch.empty(last - first, len(candidates), dtype=torch.float64)
         tile = plan.tile(first, last, anchors, candidates, buffer)
         own, others = miner.pairs(tile)

@@ -178,13 +178,16 @@ class Plan:
         self.mates = self.stop - self.start - int(self.itself)
         self.ends = self.mates.cumsum(0)  # (B,): pair numbers, should rows be pairs
 
-    def ranges(self, device: torch.device) -> Ranges:
-        """Rows of each tile. They do not depend on the number of ranks, so neither does any rounding in a tile."""
-        budget, most = (CPU_TILE, CPU_ROWS) if device.type == "cpu" else (ACCELERATOR_TILE, ACCELERATOR_TILE)
+    def ranges(self, anchors: Tensor) -> Ranges:
+        """Rows of each tile. They do not depend on the number of ranks, so neither does any rounding in a tile.
+
+        A tile of D / 4 rows is a quarter of the candidates; fewer rows would be no matrix product any more.
+        """
+        budget, most = (CPU_TILE, CPU_ROWS) if anchors.device.type == "cpu" else (ACCELERATOR_TILE, ACCELERATOR_TILE)
         rows = len(self.order)
         if self.by_pair:
             rows = int(self.ends[-1]) if rows else 0
-        step = min(most, max(1, budget // max(1, self.columns)))
+        step = min(most, max(1, anchors.shape[1] // 4, budget // max(1, self.columns)))
         return [(first, min(first + step, rows)) for first in range(0, rows, step)]
 
     def rows(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
@@ -352,9 +355,9 @@ def _in_threads(run: Callable[[Ranges], T], plan: Plan, ranges: Ranges, device: 
     return done
 
 
-def _my_share(plan: Plan, device: torch.device) -> tuple[Ranges, bool]:
+def _my_share(plan: Plan, anchors: Tensor) -> tuple[Ranges, bool]:
     """The tiles that this rank does, and whether others do others."""
-    ranges = plan.ranges(device)
+    ranges = plan.ranges(anchors)
     world = world_size() if plan.share else 1
     if not 1 < world <= len(ranges):  # fewer tiles than ranks: every rank does them all and nothing is sent
         return ranges, False
@@ -375,7 +378,7 @@ class _Tiled(torch.autograd.Function):
         value: Tensor | None,
         needs_gradient: bool,
     ) -> Tensor:
-        ranges, shared = _my_share(plan, anchors.device)
+        ranges, shared = _my_share(plan, anchors)
         wanted = [needs_gradient and asked for asked in ctx.needs_input_grad[3:6]]
         if candidates is None:
             wanted[1] = wanted[0]
@@ -443,7 +446,7 @@ def tiled_means(
     rows = anchors.index_select(0, plan.order)
     columns = None if candidates is None else candidates.index_select(0, plan.candidate_order)
     numbers = None if value is None else value.index_select(0, plan.order)
-    if not plan.columns or not plan.ranges(anchors.device):  # nothing to compare: 0, with a graph
+    if not plan.columns or not plan.ranges(anchors):  # nothing to compare: 0, with a graph
         return torch.cat([x.flatten() * 0 for x in (anchors, candidates, value) if x is not None]).sum(0, keepdim=True)
     with torch.autocast(anchors.device.type, enabled=False):
         found: Tensor = _Tiled.apply(terms, plan, weigh, rows, columns, numbers, torch.is_grad_enabled())
@@ -459,7 +462,7 @@ def tiled_rows(function: Callable[[Tile], Tensor], plan: Plan, anchors: Tensor, 
     """
     anchors = anchors[plan.order]
     candidates = anchors if candidates is None else candidates[plan.candidate_order]
-    ranges, shared = _my_share(plan, anchors.device)
+    ranges, shared = _my_share(plan, anchors)
 
     @torch.no_grad()  # a new thread starts with gradients on
     def run(ranges: Ranges) -> list[tuple[Tensor, Tensor]]:
