@@ -173,10 +173,10 @@ class Plan:
         columns = (labels if reference_labels is None else reference_labels)[self.candidate_order]
         self.columns = len(columns)
         labels = labels[self.order]
-        self.start = torch.searchsorted(columns, labels)  # (B,): the anchor's class is columns start to stop
-        self.stop = torch.searchsorted(columns, labels, right=True)
+        self.start = torch.searchsorted(columns, labels, out_int32=True)  # (B,): the anchor's class is these columns
+        self.stop = torch.searchsorted(columns, labels, right=True, out_int32=True)
         self.mates = self.stop - self.start - int(self.itself)
-        self.ends = self.mates.cumsum(0)  # (B,): pair numbers, should rows be pairs
+        self.ends = self.mates.cumsum(0) if by_pair else self.mates  # (B,): pair numbers, where rows are pairs
 
     def ranges(self, anchors: Tensor) -> Ranges:
         """Rows of each tile. They do not depend on the number of ranks, so neither does any rounding in a tile.
@@ -208,7 +208,7 @@ class Plan:
         near = slice(int(start[0]), int(stop[-1]))
         own = similarity[:, near].clone()
         column = torch.arange(near.start, near.stop, dtype=torch.int32, device=own.device)
-        mate = (column >= start.int()[:, None]) & (column < stop.int()[:, None])  # (r, w): of the anchor's class
+        mate = (column >= start[:, None]) & (column < stop[:, None])  # (r, w): of the anchor's class
         similarity[:, near].masked_fill_(mate, -math.inf)
         tile = Tile(
             similarity=similarity,
@@ -281,7 +281,8 @@ class _Worker:
             if number == len(self.sums):
                 self.sums.append(torch.zeros(2, dtype=torch.float64, device=total.device))
                 self.gradients.append([None, None, None])
-            self.sums[number] += torch.stack([total.detach().double(), torch.as_tensor(count).to(self.sums[number])])
+            self.sums[number][0] += total.detach()
+            self.sums[number][1] += count
             if total.requires_grad:
                 found = torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=number + 1 < len(terms))
                 self._multiply(self.gradients[number], tile, dict(zip(map(id, leaves), found, strict=True)))

@@ -27,7 +27,9 @@ class _Distance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (far,) = ctx.saved_tensors
-        slope: Tensor = (grads[0] / far).neg_().masked_fill_(far <= 1e-4, 0)
+        slope: Tensor = (grads[0] / far).neg_()
+        if far.is_cuda or not far.numel() or float(far.amin()) <= 1e-4:  # to look is cheaper than to fill
+            slope.masked_fill_(far <= 1e-4, 0)
         return slope
 
 
