@@ -31,6 +31,9 @@ class FocalLoss(nn.Module):
     Shape: logits (B, C, ...) and int64 targets (B, ...) to a scalar, the plain mean over all targets (weights do not
         change the divisor).
 
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
+
     Example:
         >>> FocalLoss(gamma=2.0)(torch.zeros(1, 2), torch.tensor([0]))
         tensor(0.1733)
@@ -70,6 +73,9 @@ class BinaryFocalLoss(nn.Module):
         gather: Take the mean over the targets of all ranks; every rank has to call the loss.
 
     Shape: logits (...) and targets (...) in [0, 1], any shape, to a scalar, the mean over all elements.
+
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
 
     Example:
         >>> BinaryFocalLoss(gamma=2.0, alpha=None)(torch.zeros(1), torch.ones(1))

@@ -23,6 +23,9 @@ class MatryoshkaLoss(nn.Module):
 
     Shape: as the loss; every (B, D) argument is cut to its first columns, lists of scores are refused.
 
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
+
     Example:
         >>> from embedlab.losses import SupConLoss
         >>> MatryoshkaLoss(SupConLoss(), [2, 4])(torch.eye(4), torch.tensor([0, 0, 1, 1]))

@@ -25,6 +25,9 @@ class CrossBatchMemory(EmbeddingLoss):
 
     Shape: embeddings (B, dim) of any norm and labels (B,) to a scalar. A reference is refused.
 
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit, or a reference.
+
     Example:
         >>> from embedlab.losses import SupConLoss
         >>> loss = CrossBatchMemory(SupConLoss(), 4, capacity=8)

@@ -39,6 +39,9 @@ class SupConLoss(PairLoss):
     Shape: embeddings (B, D) of any norm and labels (B,) to a scalar, the mean over anchors that have a class-mate.
         reference (M, D) with reference_labels (M,) replaces the batch as the set to pick from.
 
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
+
     Example:
         >>> SupConLoss()(torch.eye(4), torch.tensor([0, 0, 1, 1]))
         tensor(1.0986)
@@ -76,6 +79,9 @@ class NTXentLoss(PairLoss):
 
     Shape: as `SupConLoss`.
 
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
+
     Example:
         >>> NTXentLoss(0.5)(torch.eye(4), torch.tensor([0, 0, 1, 1]))
         tensor(1.0986)
@@ -101,6 +107,9 @@ class InfoNCELoss(PairLoss):
         gather: Take queries from all ranks; the reference must be the same on all.
 
     Shape: as `SupConLoss`; the reference is required, ValueError without.
+
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit, or no reference.
 
     Example:
         >>> keys, queue = torch.eye(4)[:2], torch.eye(4)[2:]
@@ -142,6 +151,9 @@ class DCLLoss(PairLoss):
 
     Shape: as `SupConLoss`; for two views the label is the number of the image.
 
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
+
     Example:
         >>> DCLLoss(0.5)(torch.eye(4), torch.tensor([0, 0, 1, 1]))
         tensor(0.6931)
@@ -173,6 +185,9 @@ class MultiSimilarityLoss(PairLoss):
         gather: Take partners from all ranks.
 
     Shape: as `SupConLoss`; the mean is over all anchors.
+
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
 
     Example:
         >>> MultiSimilarityLoss()(torch.eye(4), torch.tensor([0, 0, 1, 1]))
@@ -213,6 +228,9 @@ class CircleLoss(PairLoss):
 
     Shape: as `SupConLoss`.
 
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
+
     Example:
         >>> CircleLoss(scale=1.0)(torch.eye(4), torch.tensor([0, 0, 1, 1]))
         tensor(1.5989)
@@ -250,6 +268,9 @@ class LiftedStructureLoss(PairLoss):
 
     Shape: as `SupConLoss`; the mean is over anchors that have a positive and a negative.
 
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
+
     Example:
         >>> LiftedStructureLoss()(torch.eye(4), torch.tensor([0, 0, 1, 1]))
         tensor(1.6931)
@@ -285,6 +306,9 @@ class SoftNearestNeighborLoss(PairLoss):
 
     Shape: as `SupConLoss`.
 
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
+
     Example:
         >>> SoftNearestNeighborLoss()(torch.eye(4), torch.tensor([0, 0, 1, 1]))
         tensor(1.0986)
@@ -317,6 +341,9 @@ class ContrastiveLoss(PairLoss):
         gather: Take partners from all ranks.
 
     Shape: as `SupConLoss`.
+
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
 
     Example:
         >>> ContrastiveLoss()(torch.eye(4), torch.tensor([0, 0, 1, 1]))
@@ -363,6 +390,9 @@ class ThresholdConsistentMarginLoss(PairLoss):
         gather: Take partners from all ranks.
 
     Shape: as `SupConLoss`.
+
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
 
     Example:
         >>> ThresholdConsistentMarginLoss(loss=SupConLoss())(torch.eye(4), torch.tensor([0, 0, 1, 1]))
@@ -417,6 +447,9 @@ class FocalContrastiveLoss(PairLoss):
 
     Shape: as `SupConLoss`.
 
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
+
     Example:
         >>> FocalContrastiveLoss(gamma=0.0)(torch.eye(4), torch.tensor([0, 0, 1, 1]))
         tensor(5.0134)
@@ -461,6 +494,9 @@ class NPairLoss(PairLoss):
         gather: Take classes from all ranks; "first" is in rank order.
 
     Shape: embeddings (B, D) of any norm and labels (B,) to a scalar. A reference is refused.
+
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit, or a reference.
 
     Example:
         >>> NPairLoss()(torch.eye(4), torch.tensor([0, 0, 1, 1]))
@@ -540,6 +576,9 @@ class TripletLoss(PairLoss):
         gather: Take partners from all ranks.
 
     Shape: as `SupConLoss`. All triplets take time of order B x M x positives; a miner of triplets or `soft`, too.
+
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
 
     Example:
         >>> TripletLoss(margin=0.2)(torch.eye(4), torch.tensor([0, 0, 1, 1]))
@@ -633,6 +672,9 @@ class MarginLoss(PairLoss):
 
     Shape: as `SupConLoss`.
 
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
+
     Example:
         >>> MarginLoss()(torch.eye(4), torch.tensor([0, 0, 1, 1]))
         tensor(0.4142, grad_fn=<AddBackward0>)
@@ -696,6 +738,9 @@ class AngularLoss(PairLoss):
         gather: Take partners from all ranks.
 
     Shape: as `SupConLoss`; the mean is over positive pairs. Time of order B x M x positives.
+
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
 
     Example:
         >>> AngularLoss()(torch.eye(4), torch.tensor([0, 0, 1, 1]))

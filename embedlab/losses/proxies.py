@@ -291,6 +291,9 @@ class NormSoftmaxLoss(MarginSoftmaxLoss):
     Shape: embeddings (B, dim) of any norm and class numbers (B,) to a scalar, the mean over images. A reference is
         refused.
 
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit, or a reference.
+
     Example:
         >>> loss = NormSoftmaxLoss(4, 4, temperature=1.0)
         >>> _ = loss.load_state_dict({"proxies": torch.eye(4), "step": torch.tensor(0)})
@@ -328,6 +331,9 @@ class ProxyNCALoss(MarginSoftmaxLoss):
 
     Shape: as `NormSoftmaxLoss`.
 
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit, or a reference.
+
     Example:
         >>> loss = ProxyNCALoss(4, 4, temperature=2.0)
         >>> _ = loss.load_state_dict({"proxies": torch.eye(4), "step": torch.tensor(0)})
@@ -364,6 +370,9 @@ class CosFaceLoss(MarginSoftmaxLoss):
         gather: Take images from all ranks.
 
     Shape: as `NormSoftmaxLoss`.
+
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit, or a reference.
 
     Example:
         >>> loss = CosFaceLoss(4, 4, margin=1.0, scale=1.0)
@@ -420,6 +429,9 @@ class ArcFaceLoss(MarginSoftmaxLoss):
 
     Shape: as `NormSoftmaxLoss`; the proxies of class c are rows c * sub_centers and on. The mean is over images that
         are not left out.
+
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit, or a reference.
 
     Example:
         >>> loss = ArcFaceLoss(4, 4, margin_degrees=60, scale=1.0)
@@ -484,6 +496,9 @@ class AdaFaceLoss(MarginSoftmaxLoss):
         gather: Take images from all ranks.
 
     Shape: as `NormSoftmaxLoss`; here the embeddings' norm matters.
+
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit, or a reference.
 
     Example:
         >>> loss = AdaFaceLoss(4, 4, margin=0.0, scale=1.0)
@@ -551,6 +566,9 @@ class SoftTripleLoss(MarginSoftmaxLoss):
         gather: Take images from all ranks.
 
     Shape: as `NormSoftmaxLoss`; the proxies of class c are rows c * centers and on.
+
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit, or a reference.
 
     Example:
         >>> loss = SoftTripleLoss(4, 4, centers=1, margin=0.0, scale=1.0)
@@ -625,6 +643,9 @@ class ProxyAnchorLoss(ProxyLoss):
 
     Shape: as `NormSoftmaxLoss`; pulls are a mean over the classes in the batch, pushes over all classes.
 
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit, or a reference.
+
     Example:
         >>> loss = ProxyAnchorLoss(4, 4, margin=0.0, scale=1.0)
         >>> _ = loss.load_state_dict({"proxies": torch.eye(4)})
@@ -666,6 +687,9 @@ class CenterLoss(EmbeddingLoss):
         gather: Take images from all ranks.
 
     Shape: embeddings (B, dim) of any norm and class numbers (B,) to a scalar. `centers` (num_classes, dim) start at 0.
+
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit, or a reference.
 
     Example:
         >>> CenterLoss(4, 4)(torch.eye(4), torch.arange(4)).detach()

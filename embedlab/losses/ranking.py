@@ -27,6 +27,9 @@ class FastAPLoss(PairLoss):
     Shape: embeddings (B, D) of any norm and labels (B,) to a scalar in [0, 1].
         reference (M, D) with reference_labels (M,) replaces the batch as the set to rank.
 
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
+
     Example:
         >>> FastAPLoss()(torch.eye(4), torch.tensor([0, 0, 1, 1]))
         tensor(0.6667)
@@ -73,6 +76,9 @@ class SmoothAPLoss(PairLoss):
     Shape: embeddings (B, D) of any norm and labels (B,) to a scalar in [0, 1), the mean over anchors.
         reference (M, D) with reference_labels (M,) replaces the batch as the set to rank; the mean is then over
         anchors with a positive. Time of order B x M x positives.
+
+    Raises:
+        ValueError: A setting out of range, or tensors that do not fit.
 
     Example:
         >>> SmoothAPLoss()(torch.eye(4), torch.tensor([0, 0, 1, 1]))
