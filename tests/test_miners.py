@@ -120,9 +120,10 @@ def asked(miner, inputs: tuple[Tensor, ...]) -> tuple[Counter, Counter]:
         own, others = miner.pairs(tile)
         own = (own * tile.positive).to(torch.float64)
         others = (others * (tile.similarity > -math.inf)).to(torch.float64)
-        for counter, weights, offset in ((positives, own, tile.near.start), (negatives, others, 0)):
+        every = torch.arange(len(candidates)).expand_as(others)
+        for counter, weights, columns in ((positives, own, tile.columns), (negatives, others, every)):
             for row, column in weights.nonzero().tolist():
-                pair = (tile.row[row].item(), plan.candidate_order[column + offset].item())
+                pair = (tile.row[row].item(), plan.candidate_order[columns[row, column]].item())
                 counter[pair] = round(weights[row, column].item())
     return positives, negatives
 
@@ -414,7 +415,7 @@ def test_losses_take_the_drawn_triplets(engine, monkeypatch, on) -> None:
     for column in range(tile.own.shape[1]):
         kept = miner.keep(tile, torch.full((len(y), 1), column)) & tile.positive[:, column, None]
         for row, n in kept.nonzero().tolist():
-            numbers = tile.row[row], plan.candidate_order[column + tile.near.start], plan.candidate_order[n]
+            numbers = tile.row[row], plan.candidate_order[tile.columns[row, column]], plan.candidate_order[n]
             triplets.add(tuple(int(number) for number in numbers))
     assert len(triplets) > 10
     monkeypatch.setattr(naive, "_all_triplets", lambda *_: triplets)

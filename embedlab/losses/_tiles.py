@@ -5,8 +5,8 @@ tiles, lets autograd differentiate each tile by itself, multiplies the tile's gr
 the tile. The gradient is thus complete when the forward pass ends: three matrix products and one exponential per pair,
 where a recomputation in the backward pass would need four and two.
 
-Rows are sorted by class first. A tile then has all its positive pairs in one narrow block of columns, and what is done
-to the wide remainder needs no mask.
+Rows are sorted by class first. An anchor's class is then a run of columns, so that positive pairs are looked up instead
+of searched for, and what is done to all the other columns needs no mask.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from embedlab._ops import world_size
 
 NEVER = -1e30  # the log-sum-exp of nothing; finite, so that differences of two of them are no NaN
 CPU_TILE, ACCELERATOR_TILE = 2**20, 2**25  # numbers in a tile: few enough for a cache, enough to keep a GPU busy
-CPU_ROWS = 256  # anchors in a tile at most: the more, the wider the block of their own classes
 WORTH_THREADS = 2**21  # numbers in all tiles from which threads of our own are worth starting
 
 
@@ -35,10 +34,9 @@ class Tile:
 
     Attributes:
         similarity: Cosines (r, M) to negatives; minus infinity where the candidate is not one. Differentiable.
-        own: Cosines (r, w) to the candidates of `near`. Differentiable.
-        near: The columns that hold the classes of this tile's anchors; every other column is a negative.
-        positive: Which of `own` are positive pairs (r, w).
-        negative: Which of `own` are negative pairs (r, w).
+        own: Cosines (r, w) to the candidates of the anchor's own class, w the largest of them. Differentiable.
+        columns: The candidate of each of `own` (r, w); smaller classes repeat one.
+        positive: Which of `own` are positive pairs (r, w): neither repeated nor the anchor itself.
         mates: Number of positives of each anchor (r,), in `similarity`'s dtype; with a miner, those that it takes.
         strangers: Number of negatives of each anchor (r,), likewise.
         anchor: Number of each anchor in the sorted batch (r,).
@@ -47,15 +45,15 @@ class Tile:
         value: One number per anchor that the loss gave the engine (r,). Differentiable.
         pair: For losses that go by positive pairs, the column in `own` of each row's positive (r, 1).
         from_positive: Cosines (r, M) of that positive to the anchor's negatives, if asked for. Differentiable.
+        absent: Which anchors have no candidate of their class (r, 1); None where all have.
         positive_weight: How often a miner takes each pair of `own` (r, w); None without a miner.
         negative_weight: The same for the negatives (r, M).
     """
 
     similarity: Tensor
     own: Tensor
-    near: slice
+    columns: Tensor
     positive: Tensor
-    negative: Tensor
     mates: Tensor
     strangers: Tensor
     anchor: Tensor
@@ -64,6 +62,7 @@ class Tile:
     value: Tensor | None = None
     pair: Tensor | None = None
     from_positive: Tensor | None = None
+    absent: Tensor | None = None
     positive_weight: Tensor | None = None
     negative_weight: Tensor | None = None
 
@@ -89,8 +88,8 @@ class Tile:
         """Terms x (r, M) with `value` in place of what is not a negative."""
         if self.negative_weight is not None:
             return x.masked_fill(self.negative_weight == 0, value)
-        block = x[:, self.near].masked_fill(~self.negative, value)
-        return x.slice_scatter(block, 1, self.near.start, self.near.stop)
+        filled = x.scatter(1, self.columns, value)
+        return filled if self.absent is None else torch.where(self.absent, x, filled)
 
     def log_sum_positives(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """Log-sum-exp of scale x over each anchor's positives, x (r, w) and scale > 0: (r,)."""
@@ -183,11 +182,11 @@ class Plan:
 
         A tile of D / 4 rows is a quarter of the candidates; fewer rows would be no matrix product any more.
         """
-        budget, most = (CPU_TILE, CPU_ROWS) if anchors.device.type == "cpu" else (ACCELERATOR_TILE, ACCELERATOR_TILE)
+        budget = CPU_TILE if anchors.device.type == "cpu" else ACCELERATOR_TILE
         rows = len(self.order)
         if self.by_pair:
             rows = int(self.ends[-1]) if rows else 0
-        step = min(most, max(1, anchors.shape[1] // 4, budget // max(1, self.columns)))
+        step = max(1, anchors.shape[1] // 4, budget // max(1, self.columns))
         return [(first, min(first + step, rows)) for first in range(0, rows, step)]
 
     def rows(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
@@ -204,29 +203,32 @@ class Plan:
         anchor, positive_column = self.rows(first, last)
         rows = anchors[anchor] if self.by_pair else anchors[first:last]
         similarity = torch.mm(rows, candidates.T, out=out[: len(rows)])
-        start, stop = self.start[anchor], self.stop[anchor]
-        near = slice(int(start[0]), int(stop[-1]))
-        own = similarity[:, near].clone()
-        column = torch.arange(near.start, near.stop, dtype=torch.int32, device=own.device)
-        mate = (column >= start[:, None]) & (column < stop[:, None])  # (r, w): of the anchor's class
-        similarity[:, near].masked_fill_(mate, -math.inf)
+        start, stop = self.start[anchor, None], self.stop[anchor, None]  # (r, 1)
+        width = int((stop - start).max()) if self.columns else 0
+        columns = start + torch.arange(width, dtype=torch.int32, device=rows.device)  # (r, w)
+        inside = columns < stop
+        columns = torch.where(inside, columns, start).clamp_(max=max(0, self.columns - 1)).long()
         tile = Tile(
             similarity=similarity,
-            own=own,
-            near=near,
-            positive=mate & (column != anchor.int()[:, None]) if self.itself else mate,
-            negative=~mate,
-            mates=self.mates[anchor].to(own.dtype),
-            strangers=(self.columns - (stop - start)).to(own.dtype),
+            own=similarity.gather(1, columns),
+            columns=columns,
+            positive=inside & (columns != anchor[:, None]) if self.itself else inside,
+            mates=self.mates[anchor].to(rows.dtype),
+            strangers=(self.columns - (stop - start)).squeeze(1).to(rows.dtype),
             anchor=anchor,
             row=self.order[anchor],
             candidates=candidates,
         )
+        if not self.itself and width and bool((stop == start).any()):
+            tile.absent = stop == start
+            hidden = torch.where(tile.absent, tile.own, -math.inf)
+            similarity.scatter_(1, columns, hidden)
+        else:
+            similarity.scatter_(1, columns, -math.inf)
         if positive_column is not None:
-            tile.pair = (positive_column - near.start)[:, None]
+            tile.pair = (positive_column - start.squeeze(1)).long()[:, None]
             if self.from_positive:
-                tile.from_positive = candidates[positive_column] @ candidates.T
-                tile.from_positive[:, near].masked_fill_(mate, -math.inf)
+                tile.from_positive = tile.only_negatives(candidates[positive_column] @ candidates.T, -math.inf)
         return tile
 
 
@@ -235,7 +237,7 @@ def _mine(tile: Tile, weigh: Weigh) -> None:
     positive, negative = weigh(tile)
     tile.positive_weight = positive.to(tile.own.dtype).masked_fill(~tile.positive, 0)
     tile.negative_weight = negative.to(tile.own.dtype).masked_fill(tile.similarity == -math.inf, 0)
-    tile.positive, tile.negative = tile.positive_weight > 0, tile.negative_weight[:, tile.near] > 0
+    tile.positive = tile.positive_weight > 0
     tile.similarity.masked_fill_(tile.negative_weight == 0, -math.inf)
     tile.mates, tile.strangers = tile.positive_weight.sum(1), tile.negative_weight.sum(1)
 
@@ -289,21 +291,22 @@ class _Worker:
 
     def _multiply(self, into: Gradients, tile: Tile, found: dict[int, Tensor | None]) -> None:
         """A tile's gradient times the vectors that it compares."""
-        wide, own, columns = found[id(tile.similarity)], found[id(tile.own)], slice(None)
-        if wide is None:
-            wide, columns = own, tile.near
-        elif own is not None:
+        wide, own, first, last = found[id(tile.similarity)], found[id(tile.own)], 0, len(self.candidates)
+        if wide is not None:
             wide = wide.contiguous()
-            wide[:, tile.near] += own
-        if wide is not None and wide.shape[1]:
-            rows, candidates = self.anchors[tile.anchor], self.candidates[columns]
+        elif own is not None and own.numel():  # the columns of these classes are enough
+            first, last = int(tile.columns.min()), int(tile.columns.max()) + 1
+            wide = own.new_zeros(len(own), last - first)
+        if wide is not None:
+            if own is not None:
+                wide.scatter_add_(1, tile.columns - first, own.masked_fill(~tile.positive, 0))
             if self.wanted[0]:
-                self._buffer(into, 0).index_add_(0, tile.anchor, wide @ candidates)
+                self._buffer(into, 0).index_add_(0, tile.anchor, wide @ self.candidates[first:last])
             if self.wanted[1]:
-                self._buffer(into, 1)[columns].addmm_(wide.T, rows)
+                self._buffer(into, 1)[first:last].addmm_(wide.T, self.anchors[tile.anchor])
         if tile.from_positive is not None and tile.pair is not None and self.wanted[1]:
             wide = found[id(tile.from_positive)]
-            positive = tile.pair.squeeze(1) + tile.near.start
+            positive = tile.columns.gather(1, tile.pair).squeeze(1)
             if wide is not None:
                 self._buffer(into, 1).index_add_(0, positive, wide @ self.candidates)
                 self._buffer(into, 1).addmm_(wide.T, self.candidates[positive])

@@ -182,7 +182,7 @@ class AngularMiner(TripletMiner):
 
     def keep(self, tile: Tile, column: Tensor) -> Tensor:
         """See the base class."""
-        positive = tile.candidates[column.squeeze(1) + tile.near.start]  # (r, D)
+        positive = tile.candidates[tile.columns.gather(1, column).squeeze(1)]  # (r, D)
         near = tile.own.gather(1, column)  # (r, 1)
         # |n - (a + p) / 2|^2 of unit vectors, by their cosines
         squared = 1 + (1 + near) / 2 - tile.similarity - positive @ tile.candidates.T
@@ -230,7 +230,7 @@ class DistanceWeightedMiner(TripletMiner):
         log_weight = log_weight.masked_fill(~possible, -math.inf)
         top = log_weight.amax(1, keepdim=True).clamp(min=torch.finfo(far.dtype).min)
         total = (log_weight - top).exp().cumsum(1)  # (r, M)
-        key = tile.row * tile.candidates.shape[0] + (column.squeeze(1) + tile.near.start)
+        key = tile.row * tile.candidates.shape[0] + tile.columns.gather(1, column).squeeze(1)
         drawn = keyed_uniform(key, 1, seed=self.seed, epoch=int(self.step)).to(total.dtype) * total[:, -1:]
         negative = torch.searchsorted(total, drawn, right=True).clamp(max=total.shape[1] - 1)  # first total above
         return torch.zeros_like(possible).scatter_(1, negative, True) & possible

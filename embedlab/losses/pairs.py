@@ -648,7 +648,9 @@ class TripletLoss(PairLoss):
 
         def select(tile: Tile) -> Tensor:
             positive, negative, exists = miner.select(tile)
-            columns = torch.stack([positive + tile.near.start, negative], dim=1).clamp(max=plan.columns - 1)
+            if tile.own.shape[1]:
+                positive = tile.columns.gather(1, positive.unsqueeze(1)).squeeze(1)
+            columns = torch.stack([positive, negative], dim=1)
             return torch.cat([plan.candidate_order[columns], exists.long().unsqueeze(1)], dim=1)
 
         return tiled_rows(select, plan, anchors, None if plan.itself else candidates)

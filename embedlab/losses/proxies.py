@@ -610,9 +610,9 @@ class SoftTripleLoss(MarginSoftmaxLoss):
         right = tile.own.masked_fill(~tile.positive, -1e4)  # no part in the softmax
         own = self._mix(right) if tile.own.shape[1] else tile.own.sum(1)
         others = self._mix(_by_class(tile.similarity.clamp(min=-2), self.per_class))
-        first, last = tile.near.start // self.per_class, tile.near.stop // self.per_class
-        block = others[:, first:last].masked_fill(~tile.negative[:, :: self.per_class], -math.inf)
-        return own, others.slice_scatter(block, 1, first, last)
+        number = tile.columns[:, :1] // self.per_class  # of the right class, (r, 1)
+        hidden = others.scatter(1, number, -math.inf)
+        return own, hidden if tile.absent is None else torch.where(tile.absent, others, hidden)
 
     def target(self, cosine: Tensor, row: Tensor) -> Tensor:  # noqa: ARG002
         return cosine - self.margin
