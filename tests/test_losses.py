@@ -739,3 +739,21 @@ def test_focal_of_images_and_of_certain_answers() -> None:
         FocalLoss()(torch.zeros(3), torch.zeros(3))
     with pytest.raises(ValueError, match="for class numbers use FocalLoss"):
         BinaryFocalLoss()(torch.zeros(3, 2), torch.zeros(3))
+
+
+@every_case
+def test_a_broken_embedding_is_not_hidden(number, on) -> None:
+    z, y = embeddings(10), torch.tensor(LABELS["two classes"])
+    z[3, 1] = float("nan")
+    loss = PAIR_LOSSES[number][0]
+    assert torch.isnan(
+        loss(z, y) if on == "batch" else loss(z, y, reference=embeddings(10, seed=1), reference_labels=y)
+    )
+
+
+@pytest.mark.parametrize("mining", ["batch-hard", "semi-hard", "easy-positive", "distance-weighted", "angular"])
+@pytest.mark.parametrize("kind", [TripletLoss, ContrastiveLoss, SupConLoss, MarginLoss])
+def test_a_miner_does_not_hide_a_broken_embedding(kind, mining) -> None:
+    z, y = embeddings(10), torch.tensor(LABELS["two classes"])
+    z[3, 1] = float("nan")
+    assert torch.isnan(kind(mining=mining)(z, y))

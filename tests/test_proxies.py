@@ -492,3 +492,10 @@ def test_a_size_of_nothing_is_explained(kind) -> None:
 def test_wrong_settings_are_explained(make_it, text) -> None:
     with pytest.raises(ValueError, match=text):
         make_it()
+
+
+@pytest.mark.parametrize(("kind", "settings"), [row[:2] for row in PROXY_LOSSES])
+def test_a_broken_embedding_is_not_hidden(kind, settings) -> None:
+    z = torch.randn(6, DIM, generator=torch.Generator().manual_seed(0))
+    z[3, 1] = float("nan")
+    assert torch.isnan(kind(CLASSES, DIM, **settings)(z, torch.tensor([0, 0, 1, 1, 2, 3])))

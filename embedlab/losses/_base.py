@@ -106,7 +106,9 @@ class PairLoss(EmbeddingLoss):
         """The loss of unit vectors (B, D) of all ranks."""
         candidates = None if reference is None else normalize(reference)
         plan = self.plan(labels, reference_labels)
-        return tiled_means(self.terms, plan, anchors, candidates, self.value(labels), self.weigh).sum()
+        loss = tiled_means(self.terms, plan, anchors, candidates, self.value(labels), self.weigh).sum()
+        # a miner compares, and NaN is neither above nor below: it would drop broken embeddings in silence
+        return loss if self.miner is None else loss + anchors.detach().sum() * 0
 
     def plan(self, labels: Tensor, reference_labels: Tensor | None) -> Plan:
         """How the engine goes about it."""

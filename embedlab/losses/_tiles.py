@@ -118,7 +118,7 @@ class _LogSumExp(torch.autograd.Function):
         shares = torch.add(top * -scale, x, alpha=scale, out=x if in_place else None).exp_()
         total = shares.sum(dim=1, keepdim=True)
         ctx.save_for_backward(shares, scale / total.clamp(min=0.5))  # 1 at least, unless nothing was added
-        return torch.where(total > 0, total.log() + top * scale, NEVER).squeeze(1)
+        return torch.where(total == 0, NEVER, total.log() + top * scale).squeeze(1)  # NaN stays NaN
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -353,10 +353,11 @@ def _in_threads(run: Callable[[Ranges], T], plan: Plan, ranges: Ranges, device: 
     if device.type != "cpu" or threads == 1 or len(ranges) < 2 or work < WORTH_THREADS:
         return [run(ranges)]
     workers = min(threads, len(ranges), 8)  # each has a gradient of its own
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-        done = list(pool.map(run, [ranges[number::workers] for number in range(workers)]))
-    torch.set_num_threads(threads)  # the pool's setting is also the default of threads to come
-    return done
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+            return list(pool.map(run, [ranges[number::workers] for number in range(workers)]))
+    finally:
+        torch.set_num_threads(threads)  # the pool's setting is also the default of threads to come
 
 
 def _my_share(plan: Plan, anchors: Tensor) -> tuple[Ranges, bool]:

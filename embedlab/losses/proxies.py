@@ -474,7 +474,7 @@ class ArcFaceLoss(MarginSoftmaxLoss):
     def keep(self, cosine: Tensor) -> Tensor | None:
         if self.noise_degrees is None or not self.training or int(self.step) < self.noise_after:
             return None
-        return cosine >= math.cos(math.radians(self.noise_degrees))
+        return ~(cosine < math.cos(math.radians(self.noise_degrees)))  # so that NaN is kept, and seen
 
 
 class AdaFaceLoss(MarginSoftmaxLoss):

@@ -50,7 +50,7 @@ class FastAPLoss(PairLoss):
         shares = [tile.only_negatives(x, 0) if wanted is None else x.masked_fill(~wanted, 0) for x in shares]
         histogram = cosine.new_zeros(len(cosine), self.bins + 1)
         for step, share in enumerate(shares):
-            histogram = histogram.scatter_add(1, lower.long() + step, share)
+            histogram = histogram.scatter_add(1, lower.nan_to_num(0).long() + step, share)  # NaN stays in share
         return histogram
 
     def terms(self, tile: Tile) -> Terms:
