@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import difflib
 import importlib
 import inspect
+import io
 import json
 import logging
 import os
@@ -18,8 +20,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
+import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch import nn
 
@@ -27,6 +29,7 @@ from embedlab._json import plain
 from embedlab.data import ImageData, Views
 from embedlab.data.splits import read_split
 from embedlab.methods import Method
+from embedlab.methods.checkpoints import Checkpoints, Guard, newest_valid, steps_of, write_file
 from embedlab.methods.trainer import SaveEncoder, quiet
 from embedlab.retrieval.monitor import Monitor
 
@@ -110,6 +113,19 @@ class _FitCLI(LightningCLI):
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="A recipe; several merge left to right.")
         return parser
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(Checkpoints, "checkpoints", skip={"folder"})
+        parser.callback_keys.append("checkpoints")
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Writes config.yaml whole or not at all: a resumed run depends on it."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
+        path = Path(self.config_filename)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, self.parser.dump(self.config, skip_none=False).encode())
+
 
 def main(arguments: list[str]) -> int:
     """Run `embedlab fit` with its arguments; returns the exit code."""
@@ -127,20 +143,42 @@ def main(arguments: list[str]) -> int:
         return 0
     run = options.run or _default_run(options.config)
     checkpoint = _prepare(run, resume=options.resume)
-    if options.resume and not options.config:
-        options.config = [str(run / "config.yaml")]
+    if options.resume:
+        options.config, rest = _own_config(options.config, run, rest)
     started = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # bars and logs; stdout is for the result
         cli = _build([*_config_arguments(options.config), *rest], run)
+        _checkpoints(cli).folder = run / "checkpoints"
         if checkpoint is not None:
             _require_same_roles(cli.datamodule, run / "split.csv")
             if cli.trainer.is_global_zero:
-                _keep_metrics(run)
+                _keep_metrics(run, steps_of(checkpoint))
         with _explained(run):
-            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     if cli.trainer.is_global_zero:
         _report(cli, run, time.perf_counter() - started, as_json=options.json)
     return 0
+
+
+def _own_config(configs: list[str], run: Path, rest: list[str]) -> tuple[list[str], list[str]]:
+    """A resumed run is what it was, whatever has become of its recipe; a moved run folder stays within itself."""
+    own = run / "config.yaml"
+    if not own.is_file():
+        return configs, rest
+    if configs:
+        log.info("%s goes on by its own %s and the options given now; -c is not read again.", run, own)
+    trainer = (yaml.safe_load(own.read_text(encoding="utf-8")) or {}).get("trainer", {})
+    place, logger = trainer.get("default_root_dir"), trainer.get("logger")
+    moved = []
+    if place is not None and place != str(run):
+        moved.append(f"--trainer.default_root_dir={run}")
+        if isinstance(logger, dict) and logger.get("init_args", {}).get("save_dir") == place:
+            moved.append(f"--trainer.logger.init_args.save_dir={run}")
+    return [str(own)], [*moved, *rest]
+
+
+def _checkpoints(cli: _FitCLI) -> Checkpoints:
+    return next(found for found in cli.trainer.checkpoint_callbacks if isinstance(found, Checkpoints))
 
 
 def _require_same_roles(data: pl.LightningDataModule, split: Path) -> None:
@@ -172,8 +210,8 @@ def _explained(run: Path) -> Iterator[None]:
             raise
         config.write_bytes(saved)
         raise RunFolderError(
-            f"The checkpoint in {run} is of another network than the recipe's. --resume without -c goes on with the "
-            f"run's own {run}/config.yaml; for another recipe choose another folder by --run."
+            f"The checkpoint in {run} is of another network than the one asked for. --resume without --model options "
+            f"goes on with the run's own {run}/config.yaml; for another network choose another folder by --run."
         ) from error
 
 
@@ -190,13 +228,15 @@ def _default_run(configs: list[str]) -> Path:
 def _prepare(run: Path, *, resume: bool) -> Path | None:
     """Refuse to overwrite a run; find the checkpoint to resume from."""
     if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0:  # a further process of the same run
-        return _newest_checkpoint(run) if resume else None
+        return newest_valid(run / "checkpoints") if resume else None
     names = {path.name for path in run.iterdir()} if run.is_dir() else set()
     if resume:
-        checkpoint = _newest_checkpoint(run)
+        checkpoint = newest_valid(run / "checkpoints")
         if checkpoint is None:
+            broken = "" if not list(run.glob("checkpoints/*.ckpt")) else " that is whole; delete the folder and"
             raise RunFolderError(
-                f"Nothing to resume: {run}/checkpoints holds no checkpoint. Start it without --resume."
+                f"Nothing to resume: {run}/checkpoints holds no checkpoint{broken or '.'} "
+                f"{'start' if broken else 'Start'} it without --resume."
             )
         return checkpoint
     if not names <= _FALSE_START:
@@ -206,16 +246,23 @@ def _prepare(run: Path, *, resume: bool) -> Path | None:
     return None
 
 
-def _keep_metrics(run: Path) -> None:
-    """The logger begins a new metrics.csv; the part before a resume stays as metrics-1.csv, metrics-2.csv, ..."""
+def _keep_metrics(run: Path, steps: int) -> None:
+    """The logger begins a new metrics.csv; the parts before stay as metrics-1.csv, metrics-2.csv, ...
+
+    What was logged after the checkpoint's last step is taken out of them: it comes again.
+    """
+    parts = sorted(run.glob("metrics-*.csv"))
+    for path in [*parts, *run.glob("metrics.csv")]:
+        text = path.read_text(encoding="utf-8")
+        text = text[: text.rfind("\n") + 1]  # a killed process may have left half a line
+        rows = csv.DictReader(io.StringIO(text))
+        kept = io.StringIO()
+        writer = csv.DictWriter(kept, rows.fieldnames or [])
+        writer.writeheader()
+        writer.writerows(row for row in rows if int(row["step"]) < steps)
+        write_file(path, kept.getvalue().encode())
     if (run / "metrics.csv").exists():
-        number = 1 + len(list(run.glob("metrics-*.csv")))
-        (run / "metrics.csv").rename(run / f"metrics-{number}.csv")
-
-
-def _newest_checkpoint(run: Path) -> Path | None:
-    checkpoints = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    return checkpoints[-1] if checkpoints else None
+        (run / "metrics.csv").rename(run / f"metrics-{1 + len(parts)}.csv")
 
 
 def _build(arguments: list[str], run: Path) -> _FitCLI:
@@ -236,8 +283,8 @@ def _command_line(arguments: list[str], run: Path) -> _FitCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
-        save_config_callback=SaveConfigCallback,
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=_SaveConfig,
+        save_config_kwargs={"config_filename": f"{run_folder}/config.yaml", "save_to_log_dir": False},
         trainer_defaults={
             "default_root_dir": run_folder,
             "use_distributed_sampler": False,  # our samplers share the data among ranks themselves
@@ -249,14 +296,9 @@ def _command_line(arguments: list[str], run: Path) -> _FitCLI:
             "log_every_n_steps": 10,
             "enable_model_summary": False,
             "callbacks": [
-                ModelCheckpoint(
-                    f"{run_folder}/checkpoints",
-                    filename="last",
-                    enable_version_counter=False,
-                    save_on_train_epoch_end=True,  # else only after a validation, which the last epoch need not have
-                ),
                 SaveEncoder(f"{run_folder}/encoder"),
                 Monitor(),
+                Guard(),
             ],
         },
         args=arguments,
@@ -265,12 +307,13 @@ def _command_line(arguments: list[str], run: Path) -> _FitCLI:
 
 
 def _report(cli: _FitCLI, run: Path, seconds: float, *, as_json: bool) -> None:
+    checkpoint = _checkpoints(cli).last
     figures = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     result = {
         "run": str(run),
         "encoder": str(run / "encoder"),
         "config": str(run / "config.yaml"),
-        "checkpoint": str(run / "checkpoints" / "last.ckpt"),
+        "checkpoint": None if checkpoint is None else str(checkpoint),
         "steps": cli.trainer.global_step,
         "seconds": round(seconds, 1),
         "metrics": figures,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -15,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from embedlab._types import Batch
 from embedlab.data.images import SKIP_LIMIT, Fit, OnError, report_skipped
-from embedlab.data.samplers import BalancedBatches, EvaluationBatches, ShuffledBatches
+from embedlab.data.samplers import BalancedBatches, EvaluationBatches, ResumableLoader, ShuffledBatches
 from embedlab.data.sources import Source, open_source
 from embedlab.data.splits import split_by_class, split_by_group, split_by_sample, write_split
-from embedlab.data.views import Views, color_statistics, to_float
+from embedlab.data.views import PerImage, Views, WholeBatch, color_statistics, keyed_views, to_float
 
 log = logging.getLogger("embedlab")
 
@@ -116,7 +117,9 @@ class ImageData(pl.LightningDataModule):
         batch_size: Images per process and step.
         images_per_class: K of balanced batches of P classes x K images, P = batch_size / K; None shuffles.
         batches_per_epoch: Steps per epoch of balanced batches; None covers as many images as there are.
-        views: Random augmentation of the training images.
+        views: Random augmentation of the training images. In place of `Views` a transform of one image by
+            torchvision, albumentations or lightly (see `PerImage`), or any callable that makes a view, or a tuple of
+            views, of a batch in [0, 1] (see `WholeBatch`). Normalising is left to `mean` and `std`.
         seed: Of the split, the order and the views.
         workers: Decoding processes for data that does not fit into the cache.
         cache_gib: Decoded images up to this size are kept in memory, so that later epochs decode nothing.
@@ -140,7 +143,7 @@ class ImageData(pl.LightningDataModule):
         batch_size: int = 128,
         images_per_class: int | None = None,
         batches_per_epoch: int | None = None,
-        views: Views = Views(),  # noqa: B008 - frozen, so sharing it is harmless
+        views: Views | PerImage | WholeBatch | Callable[[Tensor], Any] = Views(),  # noqa: B008 - frozen, so sharing it is harmless
         seed: int = 0,
         workers: int = 0,
         cache_gib: float = 4.0,
@@ -297,20 +300,24 @@ class ImageData(pl.LightningDataModule):
     def _loader(
         self, dataset: ImageBatches, sampler: ShuffledBatches | BalancedBatches | EvaluationBatches
     ) -> DataLoader[Batch]:
-        workers = 0 if dataset.cache is not None else self.workers
-        return DataLoader(
-            dataset, batch_size=None, sampler=sampler, num_workers=workers, persistent_workers=workers > 0
-        )
+        return ResumableLoader(dataset, sampler, workers=0 if dataset.cache is not None else self.workers)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:  # noqa: ARG002
         """Make the views where the network is, and normalise them."""
         trainer = self.trainer
         (images,) = batch.views
         if trainer is not None and trainer.training:
-            views = self.views(images, batch.index, size=self.image_size, seed=self.seed, epoch=trainer.current_epoch)
+            views = keyed_views(self.views)(
+                images,
+                batch.index,
+                size=self.image_size,
+                seed=self.seed,
+                epoch=trainer.current_epoch,
+                normalize=self.normalize,
+            )
         else:
             return Batch((self.plain(images),), batch.labels, batch.index)
-        return Batch(tuple(self.normalize(view) for view in views), batch.labels, batch.index)
+        return Batch(views, batch.labels, batch.index)
 
     def plain(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 as the Encoder sees it: without augmentation, at image_size, normalised."""

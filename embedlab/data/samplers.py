@@ -1,16 +1,20 @@
 """Samplers that yield whole batches of row numbers, the same on every rank but for each rank's own share.
 
 They are given to a DataLoader as `DataLoader(dataset, batch_size=None, sampler=...)`. They derive from
-DistributedSampler because they do its work: Lightning then leaves them alone and calls `set_epoch`.
+DistributedSampler because they do its work: Lightning then leaves them alone and calls `set_epoch`. With
+`ResumableLoader` an epoch can begin in its middle.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-from torch.utils.data import DistributedSampler
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
 
 from embedlab._ops import world_size
 
@@ -18,7 +22,9 @@ log = logging.getLogger("embedlab")
 
 
 class _Batches(DistributedSampler[list[int]]):
-    """Batches for one rank of `world`; both default to torch.distributed's."""
+    """Batches for one rank of `world`; both default to torch.distributed's. `start` batches of a pass are left out."""
+
+    start = 0
 
     def __init__(self, rows: int, seed: int, rank: int | None, world: int | None) -> None:
         world = world_size() if world is None else world
@@ -29,6 +35,13 @@ class _Batches(DistributedSampler[list[int]]):
     def generator(self) -> np.random.Generator:
         """The epoch's generator, the same on every rank."""
         return np.random.default_rng([self.seed, self.epoch])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.islice(self.draw(), self.start, None)
+
+    def draw(self) -> Iterator[list[int]]:
+        """All batches of the epoch."""
+        raise NotImplementedError
 
 
 class ShuffledBatches(_Batches):
@@ -56,7 +69,8 @@ class ShuffledBatches(_Batches):
     def __len__(self) -> int:
         return self.rows // (self.batch_size * self.num_replicas)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def draw(self) -> Iterator[list[int]]:
+        """All batches of the epoch."""
         order = self.generator().permutation(self.rows)
         for step in range(len(self)):
             start = (step * self.num_replicas + self.rank) * self.batch_size
@@ -114,7 +128,8 @@ class BalancedBatches(_Batches):
     def __len__(self) -> int:
         return self.batches
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def draw(self) -> Iterator[list[int]]:
+        """All batches of the epoch."""
         generator = self.generator()
         waiting = [np.zeros(0, np.int64) for _ in self.members]  # images of each class not yet drawn this round
         for _ in range(self.batches):
@@ -152,6 +167,72 @@ class EvaluationBatches(_Batches):
     def __len__(self) -> int:
         return -(-len(self.mine) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def draw(self) -> Iterator[list[int]]:
+        """All batches of the epoch."""
         for start in range(0, len(self.mine), self.batch_size):
             yield self.mine[start : start + self.batch_size].tolist()
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader over one of these samplers that can begin an epoch in its middle; nothing before that is decoded.
+
+    Lightning saves and loads it by `state_dict` and `load_state_dict`. Nothing is drawn, and no worker started, before
+    the first batch is asked for: only then does the sampler know its epoch. Workers are seeded by (seed, epoch), and
+    PyTorch's global generator stays as it is, however often an epoch is begun.
+
+    Args:
+        dataset: What takes a batch of row numbers and gives the batch.
+        sampler: Whole batches of row numbers.
+        workers: Decoding processes, which stay from epoch to epoch.
+
+    Attributes:
+        position: Batches of this epoch that were handed out.
+        before_batch: Called before every batch, when all that belongs to the batch before it is done.
+
+    Example:
+        >>> loader = ResumableLoader(torch.arange(6), ShuffledBatches(6, 2))
+        >>> whole = [batch.tolist() for batch in loader]
+        >>> loader.load_state_dict({"batches": 1})
+        >>> [batch.tolist() for batch in loader] == whole[1:]
+        True
+    """
+
+    position = 0
+    before_batch: Callable[[], None] | None = None
+    _begin_at = 0
+
+    def __init__(self, dataset: Any, sampler: _Batches, *, workers: int = 0) -> None:
+        super().__init__(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        sampler: Any = self.sampler
+        self.position, self._begin_at = self._begin_at, 0
+        sampler.start = self.position
+        batches: Iterator[Any] | None = None
+        while True:
+            if self.before_batch is not None:
+                self.before_batch()
+            if batches is None:
+                self.generator.manual_seed(2**20 * sampler.seed + sampler.epoch)
+                batches = super().__iter__()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where in the epoch we are."""
+        return {"batches": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next pass there."""
+        self._begin_at = state["batches"]

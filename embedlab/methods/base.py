@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from embedlab._types import Batch
 from embedlab.data import ImageData
 from embedlab.encoders import connect
+from embedlab.methods.batch_norm import synchronize_batch_norm
+from embedlab.methods.cached_gradient import cached_gradient
 
 
 class NonFiniteLossError(RuntimeError):
@@ -33,6 +35,14 @@ class Method(pl.LightningModule):
         optimizer: Parameter groups to optimizer; a recipe chooses class and values. Biases and normalisation are in a
             group without weight decay.
         warmup: Share of all steps over which the learning rate rises linearly; a cosine to zero follows.
+        scale_rate: How the optimizer's learning rate, given for 256 images, follows the number of images per step (of
+            all ranks and accumulated batches): "linear" times images / 256, Goyal et al. 2017, section 2.1
+            (https://arxiv.org/abs/1706.02677); "sqrt" times its root, Krizhevsky 2014, section 5
+            (https://arxiv.org/abs/1404.5997); "none" takes it as it is.
+        sync_batch_norm: Normalise by the batches of all ranks together, see `SyncBatchNorm`; on CPUs too, unlike
+            `--trainer.sync_batchnorm`, which has faster kernels on GPUs.
+        chunk: Images that go through the network at a time; the batch with all its negatives can then be larger than
+            memory, see `cached_gradient`. None embeds the batch at once.
     """
 
     def __init__(
@@ -42,25 +52,46 @@ class Method(pl.LightningModule):
         *,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup: float = 0.1,
+        scale_rate: Literal["none", "linear", "sqrt"] = "none",
+        sync_batch_norm: bool = False,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= warmup <= 1:
             raise ValueError(f"warmup is a share of all steps in [0, 1], got {warmup}.")
+        if scale_rate not in ("none", "linear", "sqrt"):
+            raise ValueError(f"scale_rate is none, linear or sqrt, got {scale_rate!r}.")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk is a number of images >= 1, got {chunk}; null embeds the whole batch at once.")
         self.backbone = backbone
         self.head = head
         self.dim = connect(backbone, head)
         self.optimizer = optimizer
         self.warmup = warmup
+        self.scale_rate = scale_rate
+        self.sync_batch_norm = sync_batch_norm
+        self.chunk = chunk
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, C, H, W) to embeddings (B, D), not yet of unit length."""
         features: Tensor = self.backbone(images)
         return features if self.head is None else self.head(features)
 
+    def project(self, images: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W), all views of a batch, to what the loss sees (B, D); in chunks if asked to."""
+        network = self.backbone if self.head is None else nn.Sequential(self.backbone, self.head)
+        projections: Tensor = network(images) if self.chunk is None else cached_gradient(network, images, self.chunk)
+        return projections
+
     @property
     def embedding_head(self) -> nn.Module | None:
         """The head that belongs to the encoder which `fit` leaves behind; None where it is thrown away."""
         return self.head
+
+    def configure_model(self) -> None:
+        """Synchronise batch normalisation before the ranks' networks are joined."""
+        if self.sync_batch_norm:
+            synchronize_batch_norm(self)
 
     def setup(self, stage: str) -> None:
         """Training mode, which Lightning leaves to us; channels-last with bf16, as alone either is worth little."""
@@ -98,12 +129,26 @@ class Method(pl.LightningModule):
         groups = self.parameter_groups()
         optimizer = self.optimizer(groups)
         steps = max(1, int(self.trainer.estimated_stepping_batches))
-        rise = self.warmup * steps
+        rise, scale = self.warmup * steps, self._rate_scale()
         rates: list[Callable[[int], float]] = [
-            partial(_warmup_cosine, rise=rise, steps=steps, rate=group.get("rate", 1.0)) for group in groups
+            partial(_warmup_cosine, rise=rise, steps=steps, rate=scale * group.get("rate", 1.0)) for group in groups
         ]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate_scale(self) -> float:
+        """What the number of images per optimizer step makes of the learning rate."""
+        if self.scale_rate == "none":
+            return 1.0
+        per_rank = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        per_rank = per_rank or getattr(self.trainer.train_dataloader, "batch_size", None)
+        if not isinstance(per_rank, int):
+            raise ValueError(
+                f"scale_rate={self.scale_rate} needs to know the batch size, but neither the data module nor its "
+                "loader has a batch_size; add one, or set scale_rate to none and give the learning rate itself."
+            )
+        images = per_rank * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return images / 256 if self.scale_rate == "linear" else math.sqrt(images / 256)
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], rate: float = 1.0) -> list[dict[str, Any]]:

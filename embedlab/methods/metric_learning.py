@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning.cli import OptimizerCallable
@@ -34,6 +34,9 @@ class MetricLearning(Method):
         shard_classes: Share the loss's class proxies out among the ranks, for numbers of classes that do not fit each.
         optimizer: Parameter groups to optimizer.
         warmup: Share of all steps over which the learning rate rises.
+        scale_rate: How the learning rate follows the batch size, see `Method`.
+        sync_batch_norm: Normalise by the batches of all ranks together, see `Method`.
+        chunk: Images that go through the network at a time, see `Method`.
     """
 
     def __init__(
@@ -48,8 +51,19 @@ class MetricLearning(Method):
         shard_classes: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup: float = 0.1,
+        scale_rate: Literal["none", "linear", "sqrt"] = "none",
+        sync_batch_norm: bool = False,
+        chunk: int | None = None,
     ) -> None:
-        super().__init__(backbone, head, optimizer=optimizer, warmup=warmup)
+        super().__init__(
+            backbone,
+            head,
+            optimizer=optimizer,
+            warmup=warmup,
+            scale_rate=scale_rate,
+            sync_batch_norm=sync_batch_norm,
+            chunk=chunk,
+        )
         self.keep_head = keep_head
         self.loss = SupConLoss() if loss is None else loss
         if miner is not None and gathers(self.loss):
@@ -84,6 +98,7 @@ class MetricLearning(Method):
 
     def configure_model(self) -> None:
         """Share the classes out as soon as the ranks know each other."""
+        super().configure_model()
         for part in self.sharded().values():
             part.shard()
         # read by DistributedDataParallel, which would make the shards of all ranks equal
@@ -141,8 +156,7 @@ class MetricLearning(Method):
         """Every view is one more image of its class."""
         if batch.labels is None:
             raise ValueError("MetricLearning needs labels; for images without labels use SimCLR.")
-        features = self.backbone(torch.cat(batch.views))  # (V B, F)
-        embeddings = features if self.head is None else self.head(features)  # (V B, D)
+        embeddings = self.project(torch.cat(batch.views))  # (V B, D)
         labels = batch.labels.repeat(len(batch.views))
         loss = apply_loss(self.loss, embeddings, labels) if self.miner is None else self._mined(embeddings, labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
