@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -14,8 +13,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def normalize(x: Tensor) -> Tensor:
-    """(B, D) of any norm to unit rows, in at least float32; a zero row stays zero."""
-    return F.normalize(at_least_float32(x), dim=1)
+    """(B, D) of any norm to unit rows, in at least float32; a zero row stays zero, its gradient finite."""
+    x = at_least_float32(x)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / torch.where(norm > 1e-12, norm, 1.0)
 
 
 def cosine(embeddings: Tensor, reference: Tensor | None = None) -> Tensor:

@@ -11,7 +11,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from embedlab._types import Batch
-from embedlab.losses import AdaFaceLoss, ArcFaceLoss, NormSoftmaxLoss, SoftTripleLoss
+from embedlab.losses import (
+    AdaFaceLoss,
+    ArcFaceLoss,
+    CrossBatchMemory,
+    MatryoshkaLoss,
+    NormSoftmaxLoss,
+    SoftTripleLoss,
+    SupConLoss,
+    _tiles,
+)
+from embedlab.losses._base import apply_loss
 from embedlab.methods import MetricLearning
 
 CLASSES, DIM = 7, 4
@@ -60,12 +70,57 @@ def run(rank: int, world: int, store: str, results: str, folder: str) -> None:
             "held": len(loss.proxies),
             "state": loss.state_dict(),
         }
+    found["edges"] = edges(rank, world)
     if rank == 0:
         torch.save(found, results)
     dist.barrier()
     dist.destroy_process_group()
     if world == 2:
         fit(folder, rank)
+
+
+class Foreign(nn.Module):
+    """A loss of somebody else's, which knows nothing of ranks."""
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return SupConLoss(0.1, gather=False)(embeddings, labels) if len(embeddings) else embeddings.sum()
+
+
+class Plain(nn.Module):
+    """The same, hidden from the question who gathers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = [Foreign()]
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.inner[0](embeddings, labels)
+
+
+def edges(rank: int, world: int) -> dict:
+    """A rank that passes no rows and no graph; wrappers around a foreign loss."""
+    images, labels = data()
+    embeddings = images[:, :DIM].clone().requires_grad_() if rank == 0 else torch.zeros(0, DIM, dtype=torch.double)
+    labels = labels if rank == 0 else torch.tensor([])
+    gradients = []
+    usual, _tiles.CPU_TILE = _tiles.CPU_TILE, 20
+    for name in ("SupConLoss", "ArcFaceLoss"):
+        loss = SupConLoss(0.1) if name == "SupConLoss" else make(name)[1]
+        if name == "ArcFaceLoss":
+            loss.shard()
+        value = loss(embeddings, labels)
+        value.backward()
+        gradients.append(embeddings.grad / world if rank == 0 else None)
+        embeddings.grad = None
+    _tiles.CPU_TILE = usual
+    wrapped = apply_loss(MatryoshkaLoss(Plain(), [2, 4]), embeddings, labels)
+    memory = CrossBatchMemory(MatryoshkaLoss(Plain(), [2, 4]), DIM, capacity=32).double()
+    memory(embeddings, labels)
+    both = torch.stack([wrapped.detach(), memory.seen.double()])
+    first = both.clone()
+    dist.broadcast(first, 0)
+    assert torch.equal(first, both), "ranks differ"
+    return {"gradients": gradients, "wrapped": wrapped.item(), "seen": int(memory.seen)}
 
 
 class Rows(torch.utils.data.Dataset):

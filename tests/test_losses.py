@@ -757,3 +757,28 @@ def test_a_miner_does_not_hide_a_broken_embedding(kind, mining) -> None:
     z, y = embeddings(10), torch.tensor(LABELS["two classes"])
     z[3, 1] = float("nan")
     assert torch.isnan(kind(mining=mining)(z, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_zero_row_has_a_small_gradient(dtype) -> None:
+    z = embeddings(8).to(dtype)
+    z[0] = 0
+    z.requires_grad_()
+    assert gradient(SupConLoss()(z, torch.arange(8) // 2), z).abs().max() < 100
+
+
+def test_binary_focal_is_smooth_below_gamma_one() -> None:
+    logits = torch.tensor([200.0, 1.0], requires_grad=True)
+    assert torch.isfinite(gradient(BinaryFocalLoss(0.5)(logits, torch.ones(2)), logits)).all()
+
+
+def test_pairs_of_few_classes_need_no_list_of_tiles() -> None:
+    plan = _tiles.Plan(torch.arange(20_000) % 2, None, by_pair=True)
+    assert len(plan.cut(torch.zeros(20_000, 4))) > 10**6
+    assert isinstance(plan.cut(torch.zeros(20_000, 4)), range)
+
+
+def test_memory_looks_through_wrappers() -> None:
+    for wrapped in (MatryoshkaLoss(ArcFaceLoss(4, 8), [4]), ThresholdConsistentMarginLoss(loss=ArcFaceLoss(4, 8))):
+        with pytest.raises(ValueError, match="cannot go around ArcFaceLoss"):
+            CrossBatchMemory(wrapped, 8, capacity=4)

@@ -114,9 +114,8 @@ def asked(miner, inputs: tuple[Tensor, ...]) -> tuple[Counter, Counter]:
     anchors = unit(z.detach())[plan.order]
     candidates = unit(reference[0].detach())[plan.candidate_order] if reference else anchors
     positives, negatives = Counter(), Counter()
-    for first, last in plan.ranges(z):
-        buffer = torch.empty(last - first, len(candidates), dtype=torch.float64)
-        tile = plan.tile(first, last, anchors, candidates, buffer)
+    for first in plan.cut(anchors):
+        tile = plan.tile(first, anchors, candidates, plan.buffer(anchors))
         own, others = miner.pairs(tile)
         own = (own * tile.positive).to(torch.float64)
         others = (others * (tile.similarity > -math.inf)).to(torch.float64)
@@ -411,7 +410,8 @@ def test_losses_take_the_drawn_triplets(engine, monkeypatch, on) -> None:
     plan = _tiles.Plan(y, reference[1] if reference else None)
     anchors = torch.nn.functional.normalize(z.detach())[plan.order]
     candidates = torch.nn.functional.normalize(reference[0].detach())[plan.candidate_order] if reference else anchors
-    tile = plan.tile(0, len(y), anchors, candidates, torch.empty(len(y), len(candidates), dtype=torch.float64))
+    plan.step = len(y)  # all in one tile
+    tile = plan.tile(0, anchors, candidates, plan.buffer(anchors))
     for column in range(tile.own.shape[1]):
         kept = miner.keep(tile, torch.full((len(y), 1), column)) & tile.positive[:, column, None]
         for row, n in kept.nonzero().tolist():

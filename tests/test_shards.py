@@ -59,3 +59,12 @@ def test_a_checkpoint_of_two_ranks_goes_on_as_one(found) -> None:
         torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-4, atol=1e-5)
     for name, value in straight.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_rank_without_rows_and_graph_takes_part(found, world) -> None:
+    one, many = found[1]["edges"], found[world]["edges"]
+    for alone, shared in zip(one["gradients"], many["gradients"], strict=True):
+        torch.testing.assert_close(shared, alone, rtol=1e-9, atol=1e-12)
+    assert many["wrapped"] == pytest.approx(one["wrapped"], rel=1e-9)
+    assert many["seen"] == one["seen"] == 11

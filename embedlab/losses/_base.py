@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embedlab._ops import at_least_float32, gather, normalize, sum_over_ranks
+from embedlab._ops import at_least_float32, gather, normalize, sum_over_ranks, world_size
 from embedlab.losses._tiles import Plan, Tile, Weigh, tiled_means
 from embedlab.losses.miners import DistanceWeightedMiner, Mining, find_miner
 
@@ -50,7 +50,12 @@ class EmbeddingLoss(nn.Module):
                     f"{name}: reference {tuple(reference.shape)} with {len(reference_labels)} labels does not fit "
                     f"embeddings {tuple(embeddings.shape)}; it must be (M, D) with M labels."
                 )
-        return (gather(embeddings), gather(labels)) if self.gather else (embeddings, labels)
+        labels = one_type(labels)
+        if not self.gather:
+            return embeddings, labels
+        if world_size() > 1 and torch.is_grad_enabled() and not embeddings.requires_grad:
+            embeddings = embeddings.detach().requires_grad_()  # all ranks must enter the gradient's collectives
+        return gather(embeddings), gather(labels)
 
     def refuse(self, reference: Tensor | None, why: str) -> None:
         """Raise when there is a reference."""
@@ -104,7 +109,7 @@ class PairLoss(EmbeddingLoss):
         self, anchors: Tensor, labels: Tensor, reference: Tensor | None, reference_labels: Tensor | None
     ) -> Tensor:
         """The loss of unit vectors (B, D) of all ranks."""
-        candidates = None if reference is None else normalize(reference)
+        candidates = None if reference is None else normalize(reference).to(anchors.dtype)
         plan = self.plan(labels, reference_labels)
         loss = tiled_means(self.terms, plan, anchors, candidates, self.value(labels), self.weigh).sum()
         # a miner compares, and NaN is neither above nor below: it would drop broken embeddings in silence
@@ -113,6 +118,11 @@ class PairLoss(EmbeddingLoss):
     def plan(self, labels: Tensor, reference_labels: Tensor | None) -> Plan:
         """How the engine goes about it."""
         return Plan(labels, reference_labels, by_pair=self.by_pair, from_positive=self.from_positive, share=self.gather)
+
+
+def one_type(labels: Tensor) -> Tensor:
+    """Integers as int64, so that all ranks send alike, also one that has no rows and torch.tensor([]) for labels."""
+    return labels if labels.is_floating_point() and len(labels) else labels.long()
 
 
 def gathers(loss: nn.Module) -> bool:
@@ -133,7 +143,7 @@ def apply_loss(
         names = ("reference", "reference_labels")
     else:
         names = ("ref_emb", "ref_labels")
-        embeddings, labels = gather(at_least_float32(embeddings)), gather(labels)
+        embeddings, labels = gather(at_least_float32(embeddings)), gather(one_type(labels))
     named = {} if reference is None else dict(zip(names, (reference, reference_labels), strict=True))
     found: Tensor = loss(embeddings, labels, **named)
     return found

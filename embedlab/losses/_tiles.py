@@ -26,6 +26,7 @@ from embedlab._ops import world_size
 NEVER = -1e30  # the log-sum-exp of nothing; finite, so that differences of two of them are no NaN
 CPU_TILE, ACCELERATOR_TILE = 2**20, 2**25  # numbers in a tile: few enough for a cache, enough to keep a GPU busy
 WORTH_THREADS = 2**21  # numbers in all tiles from which threads of our own are worth starting
+TOO_LARGE = 2**25  # numbers in the candidates beyond which a gradient of them per thread is too much
 
 
 @dataclass
@@ -135,7 +136,6 @@ def log_sum_exp(x: Tensor, scale: float = 1.0, *, in_place: bool = False) -> Ten
 Terms = Callable[[Tile], Sequence[tuple[Tensor, Tensor | float]]]
 Weigh = Callable[[Tile], tuple[Tensor, Tensor]]
 Gradients = list[Tensor | None]
-Ranges = list[tuple[int, int]]
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -170,24 +170,25 @@ class Plan:
         self.order = labels.argsort(stable=True)  # sorted row -> row as it came
         self.candidate_order = self.order if reference_labels is None else reference_labels.argsort(stable=True)
         columns = (labels if reference_labels is None else reference_labels)[self.candidate_order]
+        # proxies come in the order of their classes: a million of them need no copy
+        self.in_order = reference_labels is not None and bool((reference_labels == columns).all())
         self.columns = len(columns)
         labels = labels[self.order]
         self.start = torch.searchsorted(columns, labels, out_int32=True)  # (B,): the anchor's class is these columns
         self.stop = torch.searchsorted(columns, labels, right=True, out_int32=True)
         self.mates = self.stop - self.start - int(self.itself)
         self.ends = self.mates.cumsum(0) if by_pair else self.mates  # (B,): pair numbers, where rows are pairs
+        self.total = int(self.ends[-1]) if by_pair and len(labels) else len(labels)
+        self.step = 1
 
-    def ranges(self, anchors: Tensor) -> Ranges:
-        """Rows of each tile. They do not depend on the number of ranks, so neither does any rounding in a tile.
+    def cut(self, anchors: Tensor) -> range:
+        """First row of each tile. They do not depend on the number of ranks, so neither does any rounding in a tile.
 
         A tile of D / 4 rows is a quarter of the candidates; fewer rows would be no matrix product any more.
         """
         budget = CPU_TILE if anchors.device.type == "cpu" else ACCELERATOR_TILE
-        rows = len(self.order)
-        if self.by_pair:
-            rows = int(self.ends[-1]) if rows else 0
-        step = max(1, anchors.shape[1] // 4, budget // max(1, self.columns))
-        return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+        self.step = max(1, anchors.shape[1] // 4, budget // max(1, self.columns))
+        return range(0, self.total, self.step)
 
     def rows(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
         """Anchor of each row (sorted number), and with by_pair the column of its positive."""
@@ -198,8 +199,17 @@ class Plan:
         column = self.start[anchor] + rows - (self.ends - self.mates)[anchor]
         return anchor, column + (column >= anchor) if self.itself else column
 
-    def tile(self, first: int, last: int, anchors: Tensor, candidates: Tensor, out: Tensor) -> Tile:
-        """Compare rows first to last with all candidates; `out` holds the similarities."""
+    def sorted_candidates(self, candidates: Tensor) -> Tensor:
+        """(M, D) in the order of their classes."""
+        return candidates if self.in_order else candidates.index_select(0, self.candidate_order)
+
+    def buffer(self, anchors: Tensor) -> Tensor:
+        """Room for one tile's similarities."""
+        return anchors.new_empty(min(self.step, self.total), self.columns)
+
+    def tile(self, first: int, anchors: Tensor, candidates: Tensor, out: Tensor) -> Tile:
+        """Compare the tile's rows, from `first` on, with all candidates; `out` holds the similarities."""
+        last = min(first + self.step, self.total)
         anchor, positive_column = self.rows(first, last)
         rows = anchors[anchor] if self.by_pair else anchors[first:last]
         similarity = torch.mm(rows, candidates.T, out=out[: len(rows)])
@@ -260,11 +270,11 @@ class _Worker:
         self.gradients: list[Gradients] = []  # for each of them: of anchors, candidates, value
 
     @torch.no_grad()  # a new thread starts with gradients on
-    def run(self, ranges: Ranges) -> _Worker:
-        """Add up the tiles of these rows."""
-        buffer = self.anchors.new_empty(max(last - first for first, last in ranges), len(self.candidates))
-        for first, last in ranges:
-            tile = self.plan.tile(first, last, self.anchors, self.candidates, buffer)
+    def run(self, starts: range) -> _Worker:
+        """Add up the tiles that begin at these rows."""
+        buffer = self.plan.buffer(self.anchors)
+        for first in starts:
+            tile = self.plan.tile(first, self.anchors, self.candidates, buffer)
             if self.weigh is not None:
                 _mine(tile, self.weigh)
             if self.value is not None:
@@ -342,31 +352,32 @@ class _Worker:
                     torch.distributed.all_reduce(self._buffer(gradients, which))
 
 
-def _in_threads(run: Callable[[Ranges], T], plan: Plan, ranges: Ranges, device: torch.device) -> list[T]:
-    """What `run` gives for all ranges, or on a CPU for each thread's share of them.
+def _in_threads(run: Callable[[range], T], plan: Plan, starts: range, anchors: Tensor) -> list[T]:
+    """What `run` gives for all tiles, or on a CPU for each thread's share of them.
 
     Each thread's operations run on that thread alone. Letting all threads into each operation is as fast on a quiet
     machine, but they wait for the slowest after each one: with one core busy elsewhere that is several times slower.
     """
     threads = torch.get_num_threads()
-    work = plan.columns * sum(last - first for first, last in ranges)
-    if device.type != "cpu" or threads == 1 or len(ranges) < 2 or work < WORTH_THREADS:
-        return [run(ranges)]
-    workers = min(threads, len(ranges), 8)  # each has a gradient of its own
+    small = len(starts) < 2 or plan.columns * plan.step * len(starts) < WORTH_THREADS
+    large = plan.columns * anchors.shape[1] > TOO_LARGE
+    if anchors.device.type != "cpu" or threads == 1 or small or large:
+        return [run(starts)]
+    workers = min(threads, len(starts), 8)  # each has a gradient of its own
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-            return list(pool.map(run, [ranges[number::workers] for number in range(workers)]))
+            return list(pool.map(run, [starts[number::workers] for number in range(workers)]))
     finally:
         torch.set_num_threads(threads)  # the pool's setting is also the default of threads to come
 
 
-def _my_share(plan: Plan, anchors: Tensor) -> tuple[Ranges, bool]:
+def _my_share(plan: Plan, anchors: Tensor) -> tuple[range, bool]:
     """The tiles that this rank does, and whether others do others."""
-    ranges = plan.ranges(anchors)
+    starts = plan.cut(anchors)
     world = world_size() if plan.share else 1
-    if not 1 < world <= len(ranges):  # fewer tiles than ranks: every rank does them all and nothing is sent
-        return ranges, False
-    return ranges[torch.distributed.get_rank() :: world], True
+    if not 1 < world <= len(starts):  # fewer tiles than ranks: every rank does them all and nothing is sent
+        return starts, False
+    return starts[torch.distributed.get_rank() :: world], True
 
 
 class _Tiled(torch.autograd.Function):
@@ -383,13 +394,13 @@ class _Tiled(torch.autograd.Function):
         value: Tensor | None,
         needs_gradient: bool,
     ) -> Tensor:
-        ranges, shared = _my_share(plan, anchors)
+        starts, shared = _my_share(plan, anchors)
         wanted = [needs_gradient and asked for asked in ctx.needs_input_grad[3:6]]
         if candidates is None:
             wanted[1] = wanted[0]
         tensors = (anchors, anchors if candidates is None else candidates, value)
         done, *others = _in_threads(
-            lambda mine: _Worker(terms, plan, weigh, tensors, wanted).run(mine), plan, ranges, anchors.device
+            lambda mine: _Worker(terms, plan, weigh, tensors, wanted).run(mine), plan, starts, anchors
         )
         for other in others:
             done.merge(other)
@@ -449,9 +460,9 @@ def tiled_means(
         (K,), with gradients to anchors, candidates and value. Differentiable once.
     """
     rows = anchors.index_select(0, plan.order)
-    columns = None if candidates is None else candidates.index_select(0, plan.candidate_order)
+    columns = None if candidates is None else plan.sorted_candidates(candidates)
     numbers = None if value is None else value.index_select(0, plan.order)
-    if not plan.columns or not plan.ranges(anchors):  # nothing to compare: 0, with a graph
+    if not plan.columns or not plan.total:  # nothing to compare: 0, with a graph
         return torch.cat([x.flatten() * 0 for x in (anchors, candidates, value) if x is not None]).sum(0, keepdim=True)
     with torch.autocast(anchors.device.type, enabled=False):
         found: Tensor = _Tiled.apply(terms, plan, weigh, rows, columns, numbers, torch.is_grad_enabled())
@@ -466,16 +477,16 @@ def tiled_rows(function: Callable[[Tile], Tensor], plan: Plan, anchors: Tensor, 
     For choices and sums per anchor that need no gradient; arguments as `tiled_means`.
     """
     anchors = anchors[plan.order]
-    candidates = anchors if candidates is None else candidates[plan.candidate_order]
-    ranges, shared = _my_share(plan, anchors)
+    candidates = anchors if candidates is None else plan.sorted_candidates(candidates)
+    starts, shared = _my_share(plan, anchors)
 
     @torch.no_grad()  # a new thread starts with gradients on
-    def run(ranges: Ranges) -> list[tuple[Tensor, Tensor]]:
-        buffer = anchors.new_empty(max(last - first for first, last in ranges), plan.columns)
-        tiles = (plan.tile(first, last, anchors, candidates, buffer) for first, last in ranges)
+    def run(starts: range) -> list[tuple[Tensor, Tensor]]:
+        buffer = plan.buffer(anchors)
+        tiles = (plan.tile(first, anchors, candidates, buffer) for first in starts)
         return [(tile.row, function(tile)) for tile in tiles]
 
-    done = [part for parts in _in_threads(run, plan, ranges, anchors.device) for part in parts]
+    done = [part for parts in _in_threads(run, plan, starts, anchors) for part in parts]
     found = torch.cat([values for _, values in done])
     result = found.new_zeros(len(anchors), found.shape[1])
     result[torch.cat([rows for rows, _ in done])] = found

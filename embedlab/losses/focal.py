@@ -100,7 +100,8 @@ class BinaryFocalLoss(nn.Module):
         cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         # 1 - p_t as a sigmoid, so that it keeps its digits when p_t is near 1
         miss = targets * torch.sigmoid(-logits) + (1 - targets) * torch.sigmoid(logits)
-        terms = miss**self.gamma * cross_entropy
+        # not 0: below gamma 1 the power's slope is infinite there
+        terms = miss.clamp(min=torch.finfo(miss.dtype).tiny) ** self.gamma * cross_entropy
         if self.alpha is not None:
             terms = terms * (self.alpha * targets + (1 - self.alpha) * (1 - targets))
         return mean_over_ranks(terms.flatten(), self.gather)

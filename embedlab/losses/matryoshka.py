@@ -21,6 +21,8 @@ class MatryoshkaLoss(nn.Module):
         loss: A loss over embeddings: of pairs, proxies, or two views.
         dims: Lengths of the prefixes.
 
+    What a loss counts or averages in training (ArcFaceLoss's steps, AdaFaceLoss's norms) goes on once per prefix.
+
     Shape: as the loss; every (B, D) argument is cut to its first columns, lists of scores are refused.
 
     Raises:
@@ -45,16 +47,18 @@ class MatryoshkaLoss(nn.Module):
         self.dims = list(dims)
 
     @property
-    def gather(self) -> bool:
-        """Whether the loss sees to other ranks' rows by itself."""
-        return bool(getattr(self.loss, "gather", False))
+    def gather(self) -> bool | None:
+        """Whether the loss works on the union of ranks; None for a foreign one, which has to be given the union."""
+        found: bool | None = getattr(self.loss, "gather", None)
+        return found
 
     def forward(self, *vectors: Tensor, **named: Any) -> Tensor:
-        width = vectors[0].shape[-1] if vectors and isinstance(vectors[0], Tensor) else 0
+        first = vectors[0] if vectors else None
+        width = first.shape[-1] if isinstance(first, Tensor) else 0
         if max(self.dims) > width:
+            shape = tuple(first.shape) if isinstance(first, Tensor) else f"{type(first).__name__} by position"
             raise ValueError(
-                f"MatryoshkaLoss takes tensors (B, D) with D >= {max(self.dims)}, the longest prefix, got "
-                f"{tuple(vectors[0].shape) if width else type(vectors[0]).__name__}."
+                f"MatryoshkaLoss takes tensors (B, D) with D >= {max(self.dims)}, the longest prefix, got {shape}."
             )
 
         def cut(x: Any, dim: int) -> Any:

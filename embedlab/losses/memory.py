@@ -42,12 +42,14 @@ class CrossBatchMemory(EmbeddingLoss):
     step: Tensor
 
     def __init__(self, loss: nn.Module, dim: int, *, capacity: int, weight: float = 1.0, start: int = 0) -> None:
-        super().__init__(gather=getattr(loss, "gather", True))
+        gather = getattr(loss, "gather", None)
+        super().__init__(gather=True if gather is None else gather)
         check_positive(self, dim=dim, capacity=capacity, weight=weight)
-        if not getattr(loss, "fits_memory", True):
+        unfit = [part for part in loss.modules() if not getattr(part, "fits_memory", True)]
+        if unfit:
             raise ValueError(
-                f"CrossBatchMemory cannot go around {type(loss).__name__}, which does not compare a batch with itself "
-                "and with a reference in turn. Take a loss of pairs, such as SupConLoss or ContrastiveLoss."
+                f"CrossBatchMemory cannot go around {type(unfit[0]).__name__}, which does not compare a batch with "
+                "itself and with a reference in turn. Take a loss of pairs, such as SupConLoss or ContrastiveLoss."
             )
         self.loss, self.weight, self.start = loss, weight, start
         self.register_buffer("bank", torch.zeros(capacity, dim))

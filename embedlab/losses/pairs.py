@@ -258,7 +258,8 @@ class LiftedStructureLoss(PairLoss):
     """Generalised lifted structure loss, Hermans et al. 2017, eq. 8 (https://arxiv.org/abs/1703.07737).
 
     A smooth batch-hard loss: all positives and all negatives of an anchor, after Oh Song et al. 2016. Distance is
-    Euclidean between unit vectors; defaults as in pytorch-metric-learning's GeneralizedLiftedStructureLoss.
+    Euclidean between unit vectors; defaults as in pytorch-metric-learning's GeneralizedLiftedStructureLoss, which also
+    counts anchors without a positive or without a negative, by half a hinge.
 
     Args:
         positive_margin: Distance taken off the positives'.
@@ -631,7 +632,7 @@ class TripletLoss(PairLoss):
     ) -> Tensor:
         if not isinstance(self.miner, SelectingMiner):
             return super().compare(anchors, labels, reference, reference_labels)
-        candidates = anchors if reference is None else normalize(reference)
+        candidates = anchors if reference is None else normalize(reference).to(anchors.dtype)
         chosen = self._select(self.miner, Plan(labels, reference_labels, share=self.gather), anchors, candidates)
         positive, negative, exists = chosen.unbind(1)
         if not len(candidates):

@@ -420,8 +420,9 @@ class ArcFaceLoss(MarginSoftmaxLoss):
         scale: Multiplies the cosine before the softmax, > 0.
         sub_centers: Proxies of each class; an image is compared with the nearest, so that wrongly labelled images
             gather at a minor one.
-        noise_degrees: Images farther than this from their class are left out as wrongly labelled; None keeps all. The
-            paper's 75. Unlike there they are left out in passing, not once after training.
+        noise_degrees: Images farther than this from the nearest proxy of their class are left out as wrongly labelled;
+            None keeps all. The paper has 75 to the class's dominant sub-centre, once after training: here images that
+            a minor sub-centre has gathered stay in, and do their harm there.
         noise_after: Training steps before images are left out; at the start all are far from everything.
         gamma: Focal weighting, Lin et al. 2017, eq. 4; 0 is none.
         sample: Share of the classes that a training step compares with, see `MarginSoftmaxLoss`.

@@ -66,8 +66,9 @@ class FastAPLoss(PairLoss):
 class SmoothAPLoss(PairLoss):
     """Average precision with sigmoids for steps, Brown et al. 2020, eq. 6, 7 (https://arxiv.org/abs/2007.12163).
 
-    As in the authors' code and pytorch-metric-learning an anchor counts as the first of its own positives; unlike
-    there, classes may differ in size. With a reference nothing is the anchor itself.
+    As in the authors' code an anchor counts as the first of its own positives; unlike there, classes may differ in
+    size. (pytorch-metric-learning 2.9 agrees where a batch has as many classes as each has images.) With a reference
+    nothing is the anchor itself.
 
     Args:
         temperature: Width of the sigmoids in units of cosine, > 0.
@@ -103,6 +104,6 @@ class SmoothAPLoss(PairLoss):
     def compare(
         self, anchors: Tensor, labels: Tensor, reference: Tensor | None, reference_labels: Tensor | None
     ) -> Tensor:
-        candidates = anchors if reference is None else normalize(reference)
+        candidates = anchors if reference is None else normalize(reference).to(anchors.dtype)
         plan = self.plan(labels, labels if reference is None else reference_labels)
         return tiled_means(self.terms, plan, anchors, candidates).sum()

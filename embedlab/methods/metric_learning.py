@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from embedlab._ops import at_least_float32, gather
 from embedlab._types import Batch
 from embedlab.losses import SupConLoss
-from embedlab.losses._base import apply_loss, gathers
+from embedlab.losses._base import apply_loss, gathers, one_type
 from embedlab.losses.proxies import MarginSoftmaxLoss
 from embedlab.methods.base import Method, decay_groups
 
@@ -111,6 +111,11 @@ class MetricLearning(Method):
                 "trainer.gradient_clip_val with model.shard_classes would clip by another norm on each rank; set one "
                 "of them off."
             )
+        if self.sharded() and str(self.trainer.precision).startswith("16"):
+            raise ValueError(
+                "trainer.precision 16-mixed with model.shard_classes would skip a step on the ranks whose classes "
+                "overflow, and on them alone; use bf16-mixed."
+            )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The network's, and the loss's own parameters at their own learning rate."""
@@ -165,9 +170,10 @@ class MetricLearning(Method):
     def _mined(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """A foreign loss on the pairs or triplets that a foreign miner chooses, the same on all ranks."""
         assert self.miner is not None
-        embeddings, labels = gather(at_least_float32(embeddings)), gather(labels)
+        embeddings, labels = gather(at_least_float32(embeddings)), gather(one_type(labels))
         with torch.random.fork_rng(devices=[embeddings.device] if embeddings.is_cuda else []):
-            torch.manual_seed(self.global_step)  # each rank's own generator would choose otherwise
+            generators = torch.cuda if embeddings.is_cuda else torch.default_generator
+            generators.manual_seed(self.global_step)  # each rank's own generator would choose otherwise
             chosen = self.miner(embeddings, labels)
         loss: Tensor = self.loss(embeddings, labels, chosen)
         return loss
