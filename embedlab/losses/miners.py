@@ -163,7 +163,7 @@ class SemiHardMiner(TripletMiner):
 class AngularMiner(TripletMiner):
     """Triplets whose negative sees anchor and positive under a wide angle, Wang et al. 2017, eq. 4.
 
-    https://arxiv.org/abs/1708.01682: those with atan(|a - p| / (2 |n - (a + p) / 2|)) above the angle.
+    https://arxiv.org/abs/1708.01682: ``atan(|a - p| / (2 |n - (a + p) / 2|))`` is above the angle.
 
     Args:
         margin_degrees: The angle, in (0, 90).
