@@ -116,6 +116,21 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return total
 
 
+def ring_places(seen: Tensor, rows: int, size: int) -> tuple[Tensor, Tensor]:
+    """Where new rows go in a ring that overwrites its oldest; of more rows than fit, the last stay.
+
+    Args:
+        seen: Rows ever written, () int64.
+        rows: Number of new rows.
+        size: Of the ring.
+
+    Returns:
+        Which of the new rows to write (N,), and their places in the ring (N,).
+    """
+    newest = torch.arange(max(0, rows - size), rows, device=seen.device)
+    return newest, (seen + newest) % size
+
+
 # splitmix64, Steele et al. 2014; int64 products wrap around, which is what the hash wants
 _GAMMA, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 

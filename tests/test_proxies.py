@@ -28,6 +28,7 @@ CLASSES, DIM = 4, 5
 
 def adaface(z, y, proxies, *, mean=20.0, std=100.0, momentum=0.99, **settings) -> Tensor:
     """The statistics as they are after a first batch in training, in plain numbers; one row has no deviation."""
+    z = z * math.sqrt(DIM / z.shape[1])  # a prefix counts as if it were as long as the whole
     norms = [min(max(row.double().norm().item(), 1e-3), 100.0) for row in z]
     if len(norms) > 1:
         average = sum(norms) / len(norms)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from embedlab._ops import at_least_float32, gather, normalize, sum_over_ranks, world_size
 from embedlab.losses._tiles import Plan, Tile, Weigh, tiled_means
-from embedlab.losses.miners import DistanceWeightedMiner, Mining, find_miner
+from embedlab.losses.miners import Mining, find_miner
 
 
 class EmbeddingLoss(nn.Module):
@@ -101,8 +101,8 @@ class PairLoss(EmbeddingLoss):
     ) -> Tensor:
         embeddings, labels = self.union(embeddings, labels, reference, reference_labels)
         loss = self.compare(normalize(embeddings), labels, reference, reference_labels)
-        if self.training and isinstance(self.miner, DistanceWeightedMiner):
-            self.miner.step += 1
+        if self.training and self.miner is not None:
+            self.miner.advance()
         return loss
 
     def compare(

@@ -21,7 +21,8 @@ class MatryoshkaLoss(nn.Module):
         loss: A loss over embeddings: of pairs, proxies, or two views.
         dims: Lengths of the prefixes.
 
-    What a loss counts or averages in training (ArcFaceLoss's steps, AdaFaceLoss's norms) goes on once per prefix.
+    What a loss counts or averages in training (ArcFaceLoss's steps, AdaFaceLoss's norms) goes on once per prefix;
+    AdaFaceLoss takes a prefix's norm times sqrt(dim / length), so that one average fits all.
 
     Shape: as the loss; every (B, D) argument is cut to its first columns, lists of scores are refused.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from embedlab._ops import ring_places
 from embedlab.losses._base import EmbeddingLoss, apply_loss, check_positive
 
 
@@ -84,10 +85,8 @@ class CrossBatchMemory(EmbeddingLoss):
 
     def _append(self, embeddings: Tensor, labels: Tensor) -> None:
         """Write over the oldest rows; of more rows than fit, the last stay."""
-        capacity = len(self.bank)
-        rows = torch.arange(len(embeddings), device=embeddings.device)[-capacity:]
-        places = (int(self.seen) + rows) % capacity
+        newest, places = ring_places(self.seen, len(embeddings), len(self.bank))
         # out of place: the loss of this step may still hold the old bank for its gradient
-        self.bank = self.bank.index_copy(0, places, embeddings[rows].to(self.bank.dtype))
-        self.bank_labels = self.bank_labels.index_copy(0, places, labels[rows].to(self.bank_labels.dtype))
+        self.bank = self.bank.index_copy(0, places, embeddings[newest].to(self.bank.dtype))
+        self.bank_labels = self.bank_labels.index_copy(0, places, labels[newest].to(self.bank_labels.dtype))
         self.seen += len(embeddings)

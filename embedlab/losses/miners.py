@@ -43,8 +43,11 @@ class Miner(nn.Module):
     """Base of all miners; a miner that goes by pairs adds `pairs`, one that goes by triplets is a `TripletMiner`."""
 
     def pairs(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        """How often each pair is taken: of the block of possible positives (r, w), of the negatives (r, M)."""
+        """How often each pair is taken: of the anchor's own class (r, w), of the negatives (r, M)."""
         raise NotImplementedError
+
+    def advance(self) -> None:
+        """A training step of the loss is done; miners that draw move on to other numbers."""
 
 
 class SelectingMiner(Miner):
@@ -219,6 +222,10 @@ class DistanceWeightedMiner(TripletMiner):
             )
         self.cutoff, self.nonzero_loss_cutoff, self.seed = cutoff, nonzero_loss_cutoff, seed
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def advance(self) -> None:
+        """See the base class."""
+        self.step += 1
 
     def keep(self, tile: Tile, column: Tensor) -> Tensor:
         """See the base class."""

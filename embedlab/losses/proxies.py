@@ -535,7 +535,8 @@ class AdaFaceLoss(MarginSoftmaxLoss):
     @torch.no_grad()
     def prepare(self, embeddings: Tensor) -> None:
         norms = torch.linalg.vector_norm(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
-        norms = norms.clamp(1e-3, 100)
+        # a prefix (MatryoshkaLoss) is shorter than the whole; both have one running mean
+        norms = (norms * math.sqrt(self.dim / embeddings.shape[1])).clamp(1e-3, 100)
         if self.training and len(norms) > 1:
             self.mean.lerp_(norms.mean().to(self.mean.dtype), 1 - self.momentum)
             self.std.lerp_(norms.std().to(self.std.dtype), 1 - self.momentum)

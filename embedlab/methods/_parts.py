@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from embedlab._ops import normalize
+from embedlab._ops import normalize, ring_places
 from embedlab._types import Batch
 from embedlab.encoders import LinearHead, MLPHead
 from embedlab.encoders.heads import feature_size
@@ -123,10 +123,9 @@ class Queue(nn.Module):
     @torch.no_grad()
     def append(self, rows: Tensor) -> None:
         """Write rows (N, dim) of all ranks over the oldest; of more than fit, the last stay."""
-        size, number = len(self.rows), len(rows)
-        newest = torch.arange(max(0, number - size), number, device=rows.device)
-        self.rows[(self.pointer + newest) % size] = rows[newest].to(self.rows.dtype)
-        self.pointer += number
+        newest, places = ring_places(self.pointer, len(rows), len(self.rows))
+        self.rows[places] = rows[newest].to(self.rows.dtype)
+        self.pointer += len(rows)
 
     @property
     def full(self) -> bool:
