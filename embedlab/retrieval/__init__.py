@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 from embedlab._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from embedlab.retrieval.answers import CheckReport as CheckReport
+    from embedlab.retrieval.answers import Identification as Identification
+    from embedlab.retrieval.answers import Verification as Verification
     from embedlab.retrieval.calibration import Calibration as Calibration
     from embedlab.retrieval.calibration import CalibrationError as CalibrationError
     from embedlab.retrieval.calibration import calibrate_threshold as calibrate_threshold
@@ -14,10 +17,7 @@ if TYPE_CHECKING:
     from embedlab.retrieval.embeddings import read_protocol as read_protocol
     from embedlab.retrieval.embeddings import read_vectors as read_vectors
     from embedlab.retrieval.embeddings import write_embeddings as write_embeddings
-    from embedlab.retrieval.gallery import CheckReport as CheckReport
     from embedlab.retrieval.gallery import Gallery as Gallery
-    from embedlab.retrieval.gallery import Identification as Identification
-    from embedlab.retrieval.gallery import Verification as Verification
     from embedlab.retrieval.open_set import OpenSetReport as OpenSetReport
     from embedlab.retrieval.open_set import evaluate_gallery as evaluate_gallery
     from embedlab.retrieval.store import GalleryDamaged as GalleryDamaged
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(
     __name__,
     {
+        ".answers": ["CheckReport", "Identification", "Verification"],
         ".calibration": ["Calibration", "CalibrationError", "calibrate_threshold"],
         ".embedders": ["CallableEmbedder", "Embedder"],
         ".embeddings": ["read_embeddings", "read_protocol", "read_vectors", "write_embeddings"],
-        ".gallery": ["CheckReport", "Gallery", "Identification", "Verification"],
+        ".gallery": ["Gallery"],
         ".open_set": ["OpenSetReport", "evaluate_gallery"],
         ".store": ["GalleryDamaged", "GalleryError", "GalleryLocked"],
     },

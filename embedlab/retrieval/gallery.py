@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,97 +18,24 @@ import numpy as np
 from embedlab._types import Embeddings, Ids, Neighbours, Vectors
 from embedlab.retrieval import store as storage
 from embedlab.retrieval._durable import new_folder
+from embedlab.retrieval.answers import CheckReport, Identification, Verification
 from embedlab.retrieval.calibration import Calibration, calibrate_threshold, match_threshold
 from embedlab.retrieval.embedders import Embedder, as_array, as_embedder, image_paths
+from embedlab.retrieval.inputs import (
+    checked_labels,
+    checked_metadata,
+    checked_settings,
+    counted,
+    normalised,
+    positive,
+    require_dim,
+    unique,
+)
+from embedlab.retrieval.scoring import best_identity, genuine_rates, highest_pairs, identity_scores, neighbours
 from embedlab.retrieval.snapshot import Snapshot
 from embedlab.retrieval.store import Contents, GalleryError, Meta, Store
 
 logger = logging.getLogger("embedlab")
-
-FUSIONS = ("max", "mean", "vote")
-LONGEST_LABEL = 1_000  # characters
-LONGEST_METADATA = 65_536  # characters of JSON per template
-CHUNK = 4_000_000  # scores held at once, 16 MB
-
-
-@dataclass(frozen=True, eq=False)
-class Identification:
-    """Who one probe is.
-
-    Args:
-        label: The identity, or None for unknown (and always before calibration).
-        score: Fused score of the best identity, NaN in an empty gallery.
-        threshold: What the score had to reach; None before calibration.
-        calibrated: Whether the gallery has a threshold. False means that `label` None is no decision.
-        neighbours: The nearest templates, one row, nearest first.
-        best: The identity that `score` belongs to, accepted or not; None in an empty gallery.
-    """
-
-    label: str | None
-    score: float
-    threshold: float | None
-    calibrated: bool
-    neighbours: Neighbours
-    best: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as JSON knows it; neighbours as a list of id, label and score."""
-        near = zip(
-            self.neighbours.ids[0].tolist(), self.neighbours.labels[0], self.neighbours.scores[0].tolist(), strict=True
-        )
-        return {
-            "label": self.label,
-            "best": self.best,
-            "score": _number(self.score),
-            "threshold": self.threshold,
-            "calibrated": self.calibrated,
-            "neighbours": [{"id": key, "label": label, "score": score} for key, label, score in near if key >= 0],
-        }
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Whether a probe is who it claims to be.
-
-    Args:
-        accepted: The answer; None before calibration.
-        score: Fused score against the claimed identity.
-        threshold: What the score had to reach; None before calibration.
-        label: The claim.
-    """
-
-    accepted: bool | None
-    score: float
-    threshold: float | None
-    label: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as JSON knows it."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """What a full check found.
-
-    Args:
-        templates: Templates whose digest fits.
-        generation: Of the gallery that was checked.
-        problems: What does not fit; empty in a healthy gallery.
-    """
-
-    templates: int
-    generation: int
-    problems: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.problems
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as JSON knows it."""
-        return asdict(self) | {"problems": list(self.problems), "ok": self.ok}
 
 
 class Gallery:
@@ -162,7 +89,7 @@ class Gallery:
         """
         folder = Path(folder)
         storage.refuse_if_not_empty(folder)
-        settings = _settings(fusion, vote_k)
+        settings = checked_settings(fusion, vote_k)
         known = None if embedder is None else as_embedder(embedder)
         if known is None and dim is None:
             raise ValueError("Gallery.create needs an embedder, or dim=... for a gallery of ready-made vectors.")
@@ -365,8 +292,8 @@ class Gallery:
         self._store.require_writable()
         if labels is None and isinstance(embeddings, Embeddings):
             labels = embeddings.labels
-        count = _count(images, embeddings)
-        names, notes = _labels(labels, count), _notes(metadata, count)
+        count = counted(images, embeddings)
+        names, notes = checked_labels(labels, count), checked_metadata(metadata, count)
         if count == 0:
             raise ValueError("Nothing to enroll: no images and no embeddings came. An empty folder?")
         vectors = None if embeddings is None else self._vectors(None, embeddings)
@@ -380,7 +307,7 @@ class Gallery:
                 return known
             assert vectors is not None
             with self._changing() as (meta, now, publish):
-                _require_dim(vectors.shape[1], meta.dim)  # two first enrollments at once may disagree
+                require_dim(vectors.shape[1], meta.dim)  # two first enrollments at once may disagree
                 meta.dim = vectors.shape[1]
                 ids = self._store.insert(meta, names, notes, vectors)
                 if key is not None:
@@ -415,7 +342,7 @@ class Gallery:
         with self._mutex:
             now = self._now()
             gone = now.labels if labels is not None else now.ids
-            wanted = _unique([labels] if isinstance(labels, str) else labels if labels is not None else ids)
+            wanted = unique([labels] if isinstance(labels, str) else labels if labels is not None else ids)
             self._require_present(wanted, now.names if labels is not None else now.ids.tolist())
             keep = np.array([value not in wanted for value in gone.tolist()], dtype=bool)
             if not wanted:
@@ -456,7 +383,7 @@ class Gallery:
         """Change what scores mean; a real change makes the gallery uncalibrated. Arguments as in `create`."""
         with self._mutex:
             old = self._now().meta.settings
-            settings = _settings(fusion or old["fusion"], old["vote_k"] if vote_k is None else vote_k)
+            settings = checked_settings(fusion or old["fusion"], old["vote_k"] if vote_k is None else vote_k)
             if settings == old:
                 return
             with self._changing() as (meta, now, publish):
@@ -488,14 +415,14 @@ class Gallery:
         """
         now = self._now()
         queries = self._vectors(images, embeddings)
-        return _neighbours(now, queries, _positive(k), None if where is None else now.rows_where(where))
+        return neighbours(now, queries, positive(k), None if where is None else now.rows_where(where))
 
     def identify(self, images: Any = None, *, embeddings: Any = None, k: int = 10) -> list[Identification]:
         """Name each probe, or say unknown; `k` neighbours come with the answer. Arguments as in `search`."""
         now = self._now()
         queries = self._vectors(images, embeddings)
-        near = _neighbours(now, queries, _positive(k))
-        best, scores = _best_identity(now, queries)
+        near = neighbours(now, queries, positive(k))
+        best, scores = best_identity(now, queries)
         found = _calibration(now.meta)
         threshold = None if found is None else found.threshold
         answers = []
@@ -525,7 +452,7 @@ class Gallery:
         probe = self._vectors(image, None if embedding is None else as_array(embedding).reshape(1, -1))
         if len(probe) != 1:
             raise ValueError(f"verify takes one image, got {len(probe)}.")
-        score = _identity_scores(now, probe, np.array([now.names.index(label)]))[0, 0]
+        score = identity_scores(now, probe, np.array([now.names.index(label)]))[0, 0]
         found = _calibration(now.meta)
         threshold = None if found is None else found.verification_threshold
         accepted = None if threshold is None else bool(score >= np.float32(threshold))
@@ -584,9 +511,9 @@ class Gallery:
             enrolled = set(now.names)
             genuine = np.array([name in enrolled for name in names], dtype=bool)
             strangers = [name for name in names if name not in enrolled]
-            scores = _best_identity(now, probes[~genuine])[1]
+            scores = best_identity(now, probes[~genuine])[1]
             found = calibrate_threshold(scores, strangers, fpir=fpir, confidence=confidence)
-            pairs, weights = _highest_pairs(now, probes[~genuine], strangers, fmr)
+            pairs, weights = highest_pairs(now, probes[~genuine], strangers, fmr)
             limit, bound, observed = match_threshold(
                 pairs, weights, fmr=fmr, effective=found.effective_strangers, confidence=confidence
             )
@@ -601,7 +528,7 @@ class Gallery:
             )
             if genuine.any():
                 claims = [name for name in names if name in enrolled]
-                detected, accepted = _genuine_rates(now, probes[genuine], claims, found.threshold, limit)
+                detected, accepted = genuine_rates(now, probes[genuine], claims, found.threshold, limit)
                 found = replace(found, genuine_images=len(claims), detection_rate=detected, true_accept_rate=accepted)
             with self._changing() as (meta, now, publish):
                 meta.calibration = found.to_dict()
@@ -700,7 +627,7 @@ class Gallery:
     def _relabel(self, old: str, new: str) -> int:
         now = self._now()
         self._require_present([old], now.names)
-        _labels([new], 1)
+        checked_labels([new], 1)
         ids = now.ids[now.labels == old]
         with self._changing() as (meta, now, publish):
             self._store.relabel(meta, ids, new)
@@ -756,140 +683,7 @@ class Gallery:
             embeddings = self.embedder.embed(images if paths is None else paths)
         if isinstance(embeddings, Embeddings):
             embeddings = embeddings.vectors
-        return _normalised(as_array(embeddings), self._snapshot.meta.dim)
-
-
-def _normalised(array: np.ndarray[Any, Any], dim: int | None) -> Vectors:
-    if array.size == 0 and array.ndim in (1, 2):
-        return np.zeros((0, dim or 0), np.float32)
-    if array.ndim != 2 or array.dtype.kind not in "fiu":
-        raise ValueError(f"Embeddings must be (N, D) real numbers, got shape {array.shape} of {array.dtype}.")
-    _require_dim(array.shape[1], dim)
-    norms = np.sqrt(np.einsum("nd,nd->n", array, array, dtype=np.float64))
-    good = np.isfinite(norms) & (norms > 1e-30)
-    if not good.all():
-        row = int(np.argmin(good))
-        what = "zero" if norms[row] <= 1e-30 else "not finite (NaN, infinite or overflowing)"
-        raise ValueError(
-            f"{int((~good).sum())} of {len(array)} embeddings are zero or not finite; row {row} is {what}. A broken "
-            "image, or a network that has diverged?"
-        )
-    vectors: Vectors = np.empty((len(array), array.shape[1]), np.float32)
-    np.divide(array, norms[:, None], out=vectors, casting="same_kind")  # in float64, without a second table
-    return vectors
-
-
-def _require_dim(got: int, dim: int | None) -> None:
-    if dim is not None and got != dim:
-        raise ValueError(
-            f"The gallery holds vectors of {dim} numbers, got {got}: made by another backbone? Make a "
-            "gallery for them with Gallery.create."
-        )
-
-
-def _neighbours(now: Snapshot, queries: Vectors, k: int, rows: Ids | None = None) -> Neighbours:
-    vectors, ids, labels = now.vectors, now.ids, now.labels
-    if rows is not None:
-        vectors, ids, labels = vectors[rows], ids[rows], labels[rows]
-    found = min(k, len(ids))
-    all_ids = np.full((len(queries), k), -1, dtype=np.int64)
-    all_scores = np.full((len(queries), k), np.nan, dtype=np.float32)
-    names: list[list[str | None]] = [[None] * k for _ in queries]
-    if found and len(queries):
-        scores, places = _nearest(vectors, queries, found)
-        all_ids[:, :found], all_scores[:, :found] = ids[places], scores
-        names = [row + [None] * (k - found) for row in labels[places].tolist()]
-    return Neighbours(all_ids, names, all_scores)
-
-
-def _nearest(vectors: Vectors, queries: Vectors, k: int) -> tuple[Vectors, Ids]:
-    """Exact search: FAISS's kernel for flat indexes, straight on the snapshot's memory, so that there is no copy."""
-    import faiss
-
-    scores, places = faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
-    return np.clip(scores, -1, 1), places
-
-
-def _best_identity(now: Snapshot, queries: Vectors) -> tuple[Ids, Vectors]:
-    """Best identity (Q,) as a place in `now.names` and its fused score (Q,); -1 and NaN in an empty gallery."""
-    if not len(now) or not len(queries):
-        return np.full(len(queries), -1, dtype=np.int64), np.full(len(queries), np.nan, np.float32)  # type: ignore[return-value]
-    if now.meta.settings["fusion"] == "max":
-        scores, places = _nearest(now.vectors, queries, 1)
-        return now.codes[places[:, 0]], scores[:, 0]
-    step = max(1, CHUNK // len(now.names))
-    best, top = [], []
-    for start in range(0, len(queries), step):
-        scores = _identity_scores(now, queries[start : start + step])
-        best.append(scores.argmax(axis=1))
-        top.append(scores.max(axis=1))
-    return np.concatenate(best), np.concatenate(top)
-
-
-def _identity_scores(now: Snapshot, queries: Vectors, codes: Ids | None = None) -> Vectors:
-    """Fused score of each probe against each identity, (Q, G), or only against those in `codes`."""
-    fusion = now.meta.settings["fusion"]
-    if fusion == "mean":
-        return queries @ now.means[slice(None) if codes is None else codes].T
-    if fusion == "vote":
-        votes = _votes(now, queries)
-        return votes if codes is None else votes[:, codes]
-    result = np.empty((len(queries), len(now.names) if codes is None else len(codes)), np.float32)
-    ends = np.cumsum(now.templates)
-    for column, code in enumerate(range(len(now.names)) if codes is None else codes.tolist()):
-        rows = now.by_identity[ends[code] - now.templates[code] : ends[code]]
-        result[:, column] = (queries @ now.vectors[rows].T).max(axis=1)
-    return np.clip(result, -1, 1)
-
-
-def _votes(now: Snapshot, queries: Vectors) -> Vectors:
-    voters = now.meta.settings["vote_k"]
-    scores, places = _nearest(now.vectors, queries, min(voters, len(now)))
-    votes = np.zeros((len(queries), len(now.names)), np.float32)
-    np.add.at(votes, (np.arange(len(queries))[:, None], now.codes[places]), np.maximum(scores, 0) / voters)
-    return votes
-
-
-def _highest_pairs(now: Snapshot, probes: Vectors, strangers: list[str | None], fmr: float) -> tuple[Vectors, Vectors]:
-    """Highest scores of strangers against all identities with their weights, as `match_threshold` takes them.
-
-    Each stranger has the same weight, shared by its images and their pairs. Only what can lie above the threshold is
-    kept: pairs of a total weight of a little over `fmr`.
-    """
-    sizes: dict[str, int] = {}
-    for name in strangers:
-        if name is not None:
-            sizes[name] = sizes.get(name, 0) + 1
-    identities = len(sizes) + strangers.count(None)
-    per_image = np.array(
-        [1 / (identities * sizes.get(name, 1) if name is not None else identities) for name in strangers]
-    )
-    kept, weights = np.zeros(0, np.float32), np.zeros(0)
-    step = max(1, CHUNK // len(now.names))
-    for start in range(0, len(probes), step):
-        scores = _identity_scores(now, probes[start : start + step])
-        share = np.repeat(per_image[start : start + step] / len(now.names), len(now.names))
-        kept, weights = np.concatenate([kept, scores.ravel()]), np.concatenate([weights, share])
-        order = np.argsort(-kept, kind="stable")
-        enough = int(np.searchsorted(np.cumsum(weights[order]), fmr, side="right")) + 1
-        kept, weights = kept[order[:enough]], weights[order[:enough]]
-    return kept, weights  # type: ignore[return-value]
-
-
-def _genuine_rates(
-    now: Snapshot, probes: Vectors, claims: list[str], threshold: float, verification_threshold: float
-) -> tuple[float, float]:
-    """Share detected as themselves and share accepted as themselves, each the mean over identities."""
-    place = {name: code for code, name in enumerate(now.names)}
-    truth = np.array([place[name] for name in claims], dtype=np.int64)
-    best, scores = _best_identity(now, probes)
-    detected = (best == truth) & (scores >= np.float32(threshold))
-    own = np.array([_identity_scores(now, probes[i : i + 1], truth[i : i + 1])[0, 0] for i in range(len(probes))])
-    weights = 1 / np.bincount(truth)[truth]
-    shares = [
-        float(np.average(hits, weights=weights)) for hits in (detected, own >= np.float32(verification_threshold))
-    ]
-    return shares[0], shares[1]
+        return normalised(as_array(embeddings), self._snapshot.meta.dim)
 
 
 def _differences(now: Snapshot, contents: Contents) -> list[str]:
@@ -902,78 +696,5 @@ def _differences(now: Snapshot, contents: Contents) -> list[str]:
     return [] if same else ["the templates in memory differ from those on the disk"]
 
 
-def _settings(fusion: str, vote_k: int) -> dict[str, Any]:
-    if fusion not in FUSIONS:
-        raise ValueError(f"fusion is one of {', '.join(FUSIONS)}; got {fusion!r}.")
-    return {"fusion": fusion, "vote_k": _positive(vote_k, "vote_k")}
-
-
-def _positive(value: Any, name: str = "k") -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} is a whole number of at least 1, got {value!r}.")
-    return int(value)
-
-
-def _count(images: Any, embeddings: Any) -> int:
-    if (images is None) == (embeddings is None):
-        raise ValueError("Pass either images= or embeddings=.")
-    if images is None:
-        return len(embeddings)
-    paths = image_paths(images)
-    return len(images) if paths is None else len(paths)
-
-
-def _labels(labels: Any, count: int) -> list[str]:
-    if labels is None:
-        raise ValueError("enroll needs labels: one identity per image, or one string for all.")
-    names = [labels] * count if isinstance(labels, str) else list(labels)
-    if len(names) != count:
-        raise ValueError(f"{len(names)} labels came for {count} images; they must be row by row.")
-    for row, name in enumerate(names):
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"Labels are non-empty strings; row {row} is {name!r}. Name numbers as str({name!r}).")
-        if len(name) > LONGEST_LABEL:
-            raise ValueError(f"The label in row {row} has {len(name)} characters, at most {LONGEST_LABEL} are taken.")
-        if not name.isprintable():
-            raise ValueError(f"The label in row {row} holds characters that cannot be shown: {name!r}. Clean it first.")
-    return [str(name) for name in names]
-
-
-def _notes(metadata: Any, count: int) -> list[str | None]:
-    if metadata is None:
-        return [None] * count
-    dicts = [metadata] * count if isinstance(metadata, dict) else list(metadata)
-    if len(dicts) != count:
-        raise ValueError(f"{len(dicts)} metadata came for {count} images; they must be row by row.")
-    notes: list[str | None] = []
-    for row, content in enumerate(dicts):
-        if content is None:
-            notes.append(None)
-            continue
-        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-            raise ValueError(f"Metadata is a dict with string keys, or None; row {row} is {content!r}.")
-        try:
-            note = json.dumps(content, sort_keys=True, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"The metadata in row {row} is not JSON: {error}. Use strings, finite numbers, lists."
-            ) from error
-        if len(note) > LONGEST_METADATA:
-            raise ValueError(
-                f"The metadata in row {row} has {len(note)} characters, at most {LONGEST_METADATA} are taken."
-            )
-        notes.append(note)
-    return notes
-
-
-def _unique(values: Any) -> list[Any]:
-    plain = values.tolist() if isinstance(values, np.ndarray) else list(values)
-    return list(dict.fromkeys(int(value) if isinstance(value, np.integer) else value for value in plain))
-
-
 def _calibration(meta: Meta) -> Calibration | None:
     return None if meta.calibration is None else Calibration.from_dict(meta.calibration)
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value
