@@ -114,6 +114,18 @@ def test_every_recipe_runs(recipe, pictures, tmp_path, capsys) -> None:
         assert (tmp_path / "run" / part).is_file(), part
 
 
+@pytest.mark.parametrize("recipe", ["simclr", "dino"])
+def test_an_overlay_goes_over_a_recipe(recipe, pictures, tmp_path, capsys) -> None:
+    both = ["-c", RECIPES / f"{recipe}.yaml", "-c", RECIPES / "overlays" / "cifar10.yaml"]
+    small = [option for option in SMALL if "image_size" not in option and "decode_size" not in option]
+    run = tmp_path / "run"
+    ask(capsys, "fit", *both, f"--data.init_args.root={pictures}", "--run", run, *small, "--trainer.max_steps=1")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    data = config["data"]["init_args"]
+    assert (data["image_size"], data["views"]["blur"], data["views"]["count"]) == (32, 0.0, 2)
+    assert config["model"]["class_path"].lower().endswith(recipe)
+
+
 def test_the_checkpoint_is_that_of_the_end_also_without_a_validation_there(pictures, tmp_path, capsys) -> None:
     epochs = ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2"]
     result = ask(

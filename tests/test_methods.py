@@ -8,10 +8,10 @@ from PIL import Image
 from torch import nn
 
 from embedlab._types import Batch
-from embedlab.data import ImageData, Source, Views
+from embedlab.data import ImageData, Mix, Source, Views
 from embedlab.data.module import ImageBatches
 from embedlab.encoders import Encoder, MLPHead, ResNet
-from embedlab.losses import SupConLoss, TripletLoss
+from embedlab.losses import FocalLoss, SupConLoss, TripletLoss
 from embedlab.methods import MetricLearning, NonFiniteLossError, SimCLR
 from embedlab.methods.base import _warmup_cosine
 from embedlab.methods.trainer import SaveEncoder
@@ -272,6 +272,19 @@ def test_a_classifier_explains_what_it_cannot_do(tmp_path) -> None:
     task = Classification(encoder=tmp_path / "encoder")
     with pytest.raises(ValueError, match="set data.init_args.mean and std to the encoder's"):
         trainer(tmp_path).fit(task, datamodule=data(split="sample", images_per_class=None))
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix", "mosaic"])
+def test_a_classifier_learns_from_mixtures_and_their_shares(tmp_path, kind) -> None:
+    task, seen = Classification(net(), mix=Mix(kind)), []
+    task.loss.register_forward_pre_hook(lambda _, given: seen.append(given[1].detach().clone()))
+    trainer(tmp_path, max_epochs=1).fit(task, datamodule=data(split="sample", images_per_class=None))
+    targets = torch.cat(seen)
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(len(targets)))
+    assert targets.shape[1] == 6
+    assert ((targets > 0).sum(dim=1) > 1).any()
+    with pytest.raises(ValueError, match="mix gives every image shares of several classes, which FocalLoss does not"):
+        Classification(net(), loss=FocalLoss(), mix=Mix(kind))
 
 
 def test_the_backbone_learns_at_its_own_rate() -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from embedlab import methods
 from embedlab._types import Batch
+from embedlab.data import ImageData, Source, Views
 from embedlab.encoders import MLPHead, ResNet
 from embedlab.losses import NTXentLoss, SupConLoss
 from embedlab.methods import MetricLearning
@@ -18,6 +20,7 @@ from embedlab.methods.base import decay_groups
 from embedlab.methods.batch_norm import SyncBatchNorm, synchronize_batch_norm
 from embedlab.methods.cached_gradient import cached_gradient
 from embedlab.methods.optimizers import LARS
+from embedlab.methods.trainer import Compile, ViewSizes
 
 # ------------------------------------------------------------------------------------------------------------- LARS
 
@@ -458,3 +461,73 @@ def test_a_run_in_chunks_ends_where_the_run_without_does(tmp_path, name, accumul
     assert max(sizes) == 16
     assert sizes[-1] == 1, "16 images in chunks of 3"
     assert distance(*ends) < 1e-9
+
+
+# ------------------------------------------------------------------------------------------- compiling, growing views
+
+
+def pixels(count: int = 12) -> ImageData:
+    images = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    source = Source.from_arrays(images, [str(number) for number in range(count)])
+    return ImageData(source, image_size=16, split="none", batch_size=6, views=Views(count=2))
+
+
+def short_run(*callbacks: pl.Callback, epochs: int = 3) -> methods.SimCLR:
+    torch.manual_seed(0)
+    backbone = ResNet("resnet10", stem="small", width=0.125)
+    method = methods.SimCLR(backbone, MLPHead(8), optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[*callbacks],
+        use_distributed_sampler=False,
+        **quiet,
+    )
+    trainer.fit(method, datamodule=pixels())
+    return method
+
+
+class Sides(pl.Callback):
+    """Remembers the side of the views of every epoch."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, set[int]] = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.seen.setdefault(trainer.current_epoch, set()).update(view.shape[-1] for view in batch.views)
+
+
+def test_views_grow_with_the_epochs_and_end_at_the_image_size() -> None:
+    sides = Sides()
+    short_run(ViewSizes({1: 8, 2: 12}), sides, epochs=4)
+    assert sides.seen == {0: {16}, 1: {8}, 2: {12}, 3: {12}}
+
+
+@pytest.mark.parametrize("sizes", [{}, {-1: 8}, {0: 0}], ids=str)
+def test_sizes_of_views_must_be_epochs_and_pixels(sizes) -> None:
+    with pytest.raises(ValueError, match=r"ViewSizes takes epoch: pixels, such as \{0: 24, 120: 32\}"):
+        ViewSizes(sizes)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch 2.15's tracer
+def test_a_compiled_run_learns_the_same_under_the_same_names(monkeypatch) -> None:
+    compiled = []
+    original = nn.Module.compile
+
+    def eager(self, *, mode) -> None:
+        compiled.append(type(self).__name__)
+        original(self, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", eager)
+    plain, fast = short_run(), short_run(Compile(cpu=True))
+    assert compiled == ["ResNet", "MLPHead"]
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(fast.state_dict()[name], value)
+
+
+def test_a_cpu_is_not_kept_waiting_by_the_compiler(monkeypatch) -> None:
+    monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: pytest.fail("compiled"))
+    short_run(Compile(), epochs=1)

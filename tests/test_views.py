@@ -42,6 +42,24 @@ def test_a_view_depends_on_seed_epoch_and_sample_only() -> None:
     assert not torch.equal(whole[0], views(images, index, size=12, seed=4, epoch=5)[0])
 
 
+def test_views_are_the_same_with_any_number_of_workers(tmp_path) -> None:
+    for number, image in enumerate(pictures()):
+        functional.to_pil_image(image).save(tmp_path / f"{number}.png")
+
+    def epoch(workers: int) -> list[torch.Tensor]:
+        data = ImageData(
+            tmp_path, image_size=12, decode_size=16, split="none", batch_size=4, cache_gib=0.0, workers=workers,
+            views=Views(count=2, degrees=20, blur=0.5),
+        )  # fmt: skip
+        data.trainer = SimpleNamespace(training=True, current_epoch=2, is_global_zero=False)
+        data.setup()
+        return [view for batch in data.train_dataloader() for view in data.on_after_batch_transfer(batch, 0).views]
+
+    alone, two = epoch(0), epoch(2)
+    assert len(alone) == len(two) == 4
+    assert all(torch.equal(a, b) for a, b in zip(alone, two, strict=True))
+
+
 def test_flip_mirrors() -> None:
     images = pictures()
     (view,) = Views(**{**STILL, "flip": 1.0})(images, torch.arange(8), size=16)

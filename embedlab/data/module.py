@@ -163,6 +163,7 @@ class ImageData(pl.LightningDataModule):
             )
         self.root = root
         self.image_size = image_size
+        self.view_size = image_size  # of training views; smaller for a while where `ViewSizes` says so
         self.decode_size = decode_size or image_size
         self.channels = channels
         self.fit: Fit = fit
@@ -310,7 +311,7 @@ class ImageData(pl.LightningDataModule):
             views = keyed_views(self.views)(
                 images,
                 batch.index,
-                size=self.image_size,
+                size=self.view_size,
                 seed=self.seed,
                 epoch=trainer.current_epoch,
                 normalize=self.normalize,

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
+from embedlab.data.embedding import identity_hash
 from embedlab.data.module import ImageData
 from embedlab.encoders import Encoder
 from embedlab.methods.base import Method
@@ -81,6 +82,52 @@ class StepBar(pl.Callback):
             self.bar.close()
 
 
+class Compile(pl.Callback):
+    """Compile the networks of a method, in place: parameters, checkpoints and the saved encoder stay what they are.
+
+    Worth it for long runs of one image size on a GPU. On a CPU nothing happens unless `cpu` is set: compiling takes
+    minutes there and gains little beside bf16 and channels-last.
+
+    Args:
+        mode: Of torch.compile, such as "max-autotune"; None is its default.
+        cpu: Compile on a CPU too.
+    """
+
+    def __init__(self, mode: str | None = None, *, cpu: bool = False) -> None:
+        self.mode = mode
+        self.cpu = cpu
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After batch normalisation was synchronised and the weights were put on their device."""
+        if trainer.strategy.root_device.type == "cpu" and not self.cpu:
+            return
+        for child in pl_module.children():
+            if any(True for _ in child.parameters()):
+                child.compile(mode=self.mode)
+
+
+class ViewSizes(pl.Callback):
+    """Train on smaller views first: most of the learning for a part of the arithmetic.
+
+    Args:
+        sizes: Side of the views in pixels from which epoch on, such as `{0: 24, 120: 32}`; before the first epoch named
+            it is the data's image_size. Validation and the saved encoder always see image_size.
+    """
+
+    def __init__(self, sizes: dict[int, int]) -> None:
+        if not sizes or min(sizes) < 0 or min(sizes.values()) < 1:
+            raise ValueError(f"ViewSizes takes epoch: pixels, such as {{0: 24, 120: 32}}; got {sizes}.")
+        self.sizes = sizes
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """By the epoch alone, so that a resumed run goes on alike."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, ImageData):
+            raise ValueError(f"ViewSizes needs an ImageData, got {type(data).__name__}.")
+        begun = [epoch for epoch in self.sizes if epoch <= trainer.current_epoch]
+        data.view_size = self.sizes[max(begun)] if begun else data.image_size
+
+
 class SaveEncoder(pl.Callback):
     """Leave the trained encoder, with its preprocessing, in `encoder/` of the run folder.
 
@@ -96,5 +143,11 @@ class SaveEncoder(pl.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero or not isinstance(pl_module, Method) or not isinstance(data, ImageData):
             return
-        encoder = Encoder(pl_module.backbone, pl_module.embedding_head, **data.preprocessing)  # type: ignore[arg-type]
+        seen = data.class_names[: data.num_classes] if pl_module.uses_labels else []
+        encoder = Encoder(
+            pl_module.backbone,
+            pl_module.embedding_head,
+            identities=pl_module.identities | {identity_hash(label) for label in seen},
+            **data.preprocessing,  # type: ignore[arg-type]
+        )
         encoder.save(self.folder or Path(trainer.default_root_dir) / "encoder")

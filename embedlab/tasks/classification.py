@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from embedlab._ops import gather
 from embedlab._types import Batch
-from embedlab.data import ImageData
+from embedlab.data import ImageData, Mix
 from embedlab.encoders import CosineHead, Encoder, LinearHead
 from embedlab.methods import Method
 from embedlab.methods.base import decay_groups
@@ -30,6 +31,7 @@ class Classification(Method):
         encoder: Folder of a saved encoder whose backbone to start from; the data's mean and std must be its own.
         classifier: "linear", or "cosine", which starts from the class means of the features and suits few labels.
         loss: (logits (B, C), targets (B,)) to a scalar; None is cross entropy, `FocalLoss` suits rare classes.
+        mix: MixUp, CutMix or mosaic of the training images, see `Mix`; with cross entropy, whose targets may be shares.
         freeze: Train the classifier only (linear probe); the backbone also keeps its batch statistics.
         backbone_rate: The backbone's learning rate as a share of the classifier's.
         optimizer: Parameter groups to optimizer.
@@ -43,6 +45,7 @@ class Classification(Method):
         encoder: str | Path | None = None,
         classifier: Literal["linear", "cosine"] = "linear",
         loss: nn.Module | None = None,
+        mix: Mix | None = None,
         freeze: bool = False,
         backbone_rate: float = 1.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -53,12 +56,25 @@ class Classification(Method):
         start = None if encoder is None else Encoder.load(encoder)
         super().__init__(start.backbone if start else backbone, optimizer=optimizer, warmup=warmup)  # type: ignore[arg-type]
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
+        if mix is not None and not isinstance(self.loss, nn.CrossEntropyLoss):
+            raise ValueError(
+                f"mix gives every image shares of several classes, which {type(self.loss).__name__} does not take; "
+                "leave loss out (cross entropy), or mix."
+            )
+        self.mix = mix
         self.classifier = classifier
         self.frozen = freeze
         self.backbone_rate = backbone_rate
         self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []
         self._started_from = None if start is None else start.preprocessing
+        if start is not None:
+            self.identities = start.identities
         self.backbone.requires_grad_(not freeze)
+
+    @property
+    def uses_labels(self) -> bool:
+        """They train the backbone, unless it is frozen."""
+        return not self.frozen
 
     @property
     def embedding_head(self) -> None:
@@ -116,10 +132,22 @@ class Classification(Method):
         """Every view is one more image of its class."""
         if batch.labels is None:
             raise ValueError("Classification needs labels.")
-        logits = self(torch.cat(batch.views)).float()
-        loss: Tensor = self.loss(logits, batch.labels.repeat(len(batch.views)))
+        views, targets = torch.cat(batch.views), batch.labels.repeat(len(batch.views))
+        if self.mix is not None:  # view by view: a sample may not stand in a mixed batch twice
+            mixed = [self._mixed(self.mix, view, batch) for view in batch.views]
+            views, targets = (torch.cat(part) for part in zip(*mixed, strict=True))
+        logits = self(views).float()
+        loss: Tensor = self.loss(logits, targets)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(logits))
         return loss
+
+    def _mixed(self, mix: Mix, view: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One view mixed over the batch of all ranks, and the share of each class in it (B, C)."""
+        data: ImageData = self.trainer.datamodule  # type: ignore[attr-defined]
+        mixed, rows, shares = mix(view, batch.index, seed=data.seed, epoch=self.current_epoch)
+        assert batch.labels is not None
+        classes = F.one_hot(gather(batch.labels), data.num_classes)  # (rows of all ranks, C)
+        return mixed, (shares[..., None] * classes[rows]).sum(dim=1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:  # noqa: ARG002
         """Keep the probabilities."""
