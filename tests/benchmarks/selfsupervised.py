@@ -45,6 +45,24 @@ CROP, TEMPERATURE = (0.08, 1.0), 0.5
 Images = np.ndarray[Any, np.dtype[np.uint8]]
 
 
+class ViewClock(pl.Callback):
+    """Seconds that our views take, of all training steps together."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        make = trainer.datamodule.on_after_batch_transfer
+
+        def timed(batch: Any, dataloader_idx: int) -> Any:
+            begun = time.perf_counter()
+            made = make(batch, dataloader_idx)
+            self.seconds += time.perf_counter() - begun
+            return made
+
+        trainer.datamodule.on_after_batch_transfer = timed
+
+
 class Clock(pl.Callback):
     """Seconds of every training step from the end of the one before, and hooks at chosen epochs with the clock off."""
 
@@ -86,15 +104,15 @@ def lightlys(backbone: nn.Module, images: Images, batch: int, epochs: int) -> tu
     from lightly.transforms import SimCLRTransform
     from PIL import Image
 
-    class Pictures(torch.utils.data.Dataset[Any]):
-        transform = SimCLRTransform(input_size=32, cj_strength=0.5, min_scale=CROP[0], gaussian_blur=0.0)
-        originals = [Image.fromarray(image) for image in images]
+    transform = SimCLRTransform(input_size=32, cj_strength=0.5, min_scale=CROP[0], gaussian_blur=0.0)
+    originals = [Image.fromarray(image) for image in images]
 
+    class Pictures(torch.utils.data.Dataset[Any]):
         def __len__(self) -> int:
-            return len(self.originals)
+            return len(originals)
 
         def __getitem__(self, row: int) -> list[Tensor]:
-            return self.transform(self.originals[row])
+            return transform(originals[row])
 
     class Theirs(pl.LightningModule):
         def __init__(self) -> None:
@@ -129,6 +147,7 @@ def train(
     precision: str,
     clock: Clock,
     epochs: int,
+    *more: pl.Callback,
 ) -> pl.LightningModule:
     """Train a copy of the network and return the module."""
     pl.seed_everything(options.seed, verbose=False)
@@ -141,7 +160,7 @@ def train(
         max_epochs=epochs,
         precision=precision,
         accelerator="cpu",
-        callbacks=[clock],
+        callbacks=[clock, *more],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -163,10 +182,14 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     images = np.random.default_rng(0).integers(0, 256, (options.batch * options.steps, 32, 32, 3), dtype=np.uint8)
     variants = [(side, precision) for precision in ("32-true", "bf16-mixed") for side in ("ours", "lightly")]
     seconds: dict[tuple[str, str], list[float]] = {variant: [] for variant in variants}
+    shares: list[float] = []
     for turn in range(options.turns):
         for variant in variants:
-            clock = Clock()
-            train(variant[0], network(options), images, options, variant[1], clock, 1)
+            clock, views = Clock(), ViewClock()
+            own = [views] if variant[0] == "ours" else []
+            train(variant[0], network(options), images, options, variant[1], clock, 1, *own)
+            if variant == ("ours", "bf16-mixed"):
+                shares.append(views.seconds / clock.total)
             seconds[variant] += clock.steps[options.warm :]
             print(turn, variant, [round(value, 2) for value in clock.steps], flush=True)
     rows = [
@@ -185,6 +208,7 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
         "default_against_default": speed["ours", "bf16-mixed"] / speed["lightly", "32-true"],
         "float32_against_float32": speed["ours", "32-true"] / speed["lightly", "32-true"],
         "bf16_against_bf16": speed["ours", "bf16-mixed"] / speed["lightly", "bf16-mixed"],
+        "share_of_our_bf16_step_spent_on_views": statistics.median(shares),
     }
 
 
@@ -240,7 +264,7 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
             print(json.dumps(row), flush=True)
 
         every = max(1, options.epochs // options.points)
-        clock = Clock({epoch: measure for epoch in range(every, options.epochs + 1, every)})
+        clock = Clock(dict.fromkeys(range(every, options.epochs + 1, every), measure))
         module = Shell(copy.deepcopy(start))
         measure(module, 0.0)
         train(side, start, images, options, precision, clock, options.epochs)

@@ -1,0 +1,229 @@
+"""What an encoder costs: parameters, multiply-adds, latency, throughput and memory on the device at hand."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from embedlab.encoders.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One batch size on one device.
+
+    Args:
+        batch: Images per call.
+        milliseconds: Median time of a call.
+        images_per_second: Batch over that time.
+        peak_mebibytes: Memory that a call takes beside weights and input at its peak; None where the system does not
+            tell (neither a GPU nor Linux).
+    """
+
+    batch: int
+    milliseconds: float
+    images_per_second: float
+    peak_mebibytes: float | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module of the network.
+
+    Args:
+        name: Its path in the encoder.
+        kind: Its class.
+        parameters: Weights of its own and of all inside.
+        multiply_adds: Of one image, its own and all inside.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    multiply_adds: int
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What an encoder costs.
+
+    Args:
+        parameters: Weights, those of batch normalisation included; its running statistics are not.
+        megabytes: Size of the weights and running statistics in memory, 10^6 bytes.
+        multiply_adds: Of one image: convolutions, linear layers and matrix products.
+        dim: Numbers per embedding.
+        image_size: Side of the input in pixels.
+        device: What it was measured on.
+        threads: Of the processor.
+        precision: "float32" or "bfloat16".
+        speeds: One per batch size.
+        layers: Every module, in the order of the network; empty unless asked for.
+    """
+
+    parameters: int
+    megabytes: float
+    multiply_adds: int
+    dim: int
+    image_size: int
+    device: str
+    threads: int
+    precision: str
+    speeds: tuple[Speed, ...]
+    layers: tuple[Layer, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON knows it."""
+        return asdict(self)
+
+    def to_text(self) -> str:
+        """A table for people."""
+        lines = [
+            f"{self.parameters:,} parameters ({self.megabytes:.1f} MB), {self.multiply_adds / 1e6:,.1f} million "
+            f"multiply-adds per image of {self.image_size} px, {self.dim} numbers per embedding",
+            f"{self.device}, {self.threads} threads, {self.precision}",
+            "",
+            f"{'batch':>6}{'latency':>14}{'throughput':>18}{'peak memory':>16}",
+        ]
+        for speed in self.speeds:
+            peak = "unknown" if speed.peak_mebibytes is None else f"{speed.peak_mebibytes:,.1f} MiB"
+            rate = f"{speed.images_per_second:,.0f} images/s"
+            lines.append(f"{speed.batch:>6}{f'{speed.milliseconds:,.2f} ms':>14}{rate:>18}{peak:>16}")
+        if self.layers:
+            wide = max(len(layer.name) for layer in self.layers)
+            lines += ["", f"{'layer':<{wide}}  {'kind':<22}{'parameters':>14}{'multiply-adds':>16}"]
+            lines += [
+                f"{layer.name:<{wide}}  {layer.kind:<22}{layer.parameters:>14,}{layer.multiply_adds:>16,}"
+                for layer in self.layers
+            ]
+        return "\n".join(lines)
+
+
+def measure_capacity(
+    encoder: Encoder,
+    *,
+    batches: Sequence[int] = (1, 64),
+    seconds: float = 1.0,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    device: str | torch.device | None = None,
+    layers: bool = False,
+) -> Capacity:
+    """Count and measure an encoder, from uint8 images to embeddings; decoding files is not part of it.
+
+    Args:
+        encoder: Is put into evaluation mode and on the device.
+        batches: Images per call, each at least 1.
+        seconds: Time to spend on each of them, after a warm-up; three calls at least.
+        precision: "bfloat16" computes under autocast.
+        device: None takes a GPU where there is one.
+        layers: Also list every module.
+
+    Example:
+        >>> from embedlab.encoders import ResNet
+        >>> found = measure_capacity(Encoder(ResNet("resnet10", stem="small", width=0.125), image_size=8), seconds=0)
+        >>> found.parameters, found.multiply_adds
+        (77352, 259584)
+    """
+    if not batches or min(batches) < 1:
+        raise ValueError(f"measure_capacity needs batches of at least one image, got {list(batches)}.")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    encoder = encoder.to(place).eval()
+    counted = _multiply_adds(encoder, place)
+    state = encoder.state_dict().values()
+    return Capacity(
+        parameters=sum(parameter.numel() for parameter in encoder.parameters()),
+        megabytes=sum(tensor.numel() * tensor.element_size() for tensor in state) / 1e6,
+        multiply_adds=counted[""],
+        dim=encoder.dim,
+        image_size=encoder.image_size,
+        device=_device_name(place),
+        threads=torch.get_num_threads(),
+        precision=precision,
+        speeds=tuple(_speed(encoder, batch, seconds, precision, place) for batch in batches),
+        layers=_layers(encoder, counted) if layers else (),
+    )
+
+
+def _images(encoder: Encoder, batch: int, place: torch.device) -> Tensor:
+    shape = (batch, encoder.channels, encoder.image_size, encoder.image_size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(place)
+
+
+def _multiply_adds(encoder: Encoder, place: torch.device) -> dict[str, int]:
+    """Of one image, by module path; "" is the whole."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        encoder(_images(encoder, 1, place))
+    root = type(encoder).__name__
+    counts = {name: sum(parts.values()) // 2 for name, parts in counter.get_flop_counts().items()}
+    found = {name.removeprefix(f"{root}."): count for name, count in counts.items() if name.startswith(f"{root}.")}
+    return found | {"": counter.get_total_flops() // 2}
+
+
+def _layers(encoder: Encoder, counted: dict[str, int]) -> tuple[Layer, ...]:
+    return tuple(
+        Layer(name, type(module).__name__, sum(p.numel() for p in module.parameters()), counted.get(name, 0))
+        for name, module in encoder.named_modules()
+        if name
+    )
+
+
+@torch.inference_mode()
+def _speed(encoder: Encoder, batch: int, seconds: float, precision: str, place: torch.device) -> Speed:
+    images = _images(encoder, batch, place)
+
+    def call() -> float:
+        begun = time.perf_counter()
+        with torch.autocast(place.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            encoder(images)
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
+        return time.perf_counter() - begun
+
+    call()
+    before = _memory(place, start=True)
+    taken = [call()]
+    after = _memory(place, start=False)
+    while len(taken) < 3 or sum(taken) < seconds:
+        taken.append(call())
+    median = statistics.median(taken)
+    peak = None if before is None or after is None else max(0.0, (after - before) / 2**20)
+    return Speed(batch, 1000 * median, batch / median, peak)
+
+
+def _memory(place: torch.device, *, start: bool) -> int | None:
+    """Bytes in use now (start), or the most since then."""
+    if place.type == "cuda":
+        if start:
+            torch.cuda.reset_peak_memory_stats(place)
+            return int(torch.cuda.memory_allocated(place))
+        return int(torch.cuda.max_memory_allocated(place))
+    try:
+        if start:
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide what a call takes
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark begins anew
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except (OSError, AttributeError):  # not Linux, or another C library
+        return None
+    wanted = "VmRSS:" if start else "VmHWM:"
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(wanted)), None)
+
+
+def _device_name(place: torch.device) -> str:
+    if place.type == "cuda":
+        return torch.cuda.get_device_name(place)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())

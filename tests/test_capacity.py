@@ -1,0 +1,76 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from embedlab.cli import main
+from embedlab.encoders import Encoder, LinearHead, MLPHead, ResNet, measure_capacity
+
+
+def hand_counted(encoder: Encoder) -> int:
+    """Multiply-adds of one image, from the shapes that pass each convolution and linear layer."""
+    total = []
+
+    def convolution(layer: nn.Conv2d, given, out) -> None:
+        total.append(out[0].numel() * layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1])
+
+    def linear(layer: nn.Linear, given, out) -> None:
+        total.append(out[0].numel() * layer.in_features)
+
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(convolution)
+        elif isinstance(module, nn.Linear):
+            module.register_forward_hook(linear)
+    encoder.eval()(torch.zeros(1, encoder.channels, encoder.image_size, encoder.image_size))
+    return sum(total)
+
+
+@pytest.mark.parametrize("head", [None, LinearHead(16), MLPHead(8)], ids=["no head", "linear", "mlp"])
+def test_multiply_adds_are_those_counted_by_hand(head) -> None:
+    encoder = Encoder(ResNet("resnet10", stem="medium", width=0.25), head, image_size=24)
+    found = measure_capacity(encoder, batches=(1,), seconds=0)
+    assert found.multiply_adds == hand_counted(encoder)
+    assert found.parameters == sum(parameter.numel() for parameter in encoder.parameters())
+
+
+def test_resnet18_is_as_large_as_published() -> None:
+    """He et al. 2016, table 1: 1.8 x 10^9 multiply-adds; torchvision: 11,689,512 parameters with its 1000 classes."""
+    found = measure_capacity(Encoder(ResNet("resnet18"), LinearHead(1000), image_size=224), batches=(1,), seconds=0)
+    assert found.multiply_adds == pytest.approx(1.814e9, rel=1e-3)
+    assert found.parameters == 11_689_512
+
+
+def test_layers_add_up_and_speeds_are_measured() -> None:
+    encoder = Encoder(ResNet("resnet10", stem="small", width=0.25), MLPHead(8), image_size=16)
+    found = measure_capacity(encoder, batches=(1, 32), seconds=0.05, precision="bfloat16", layers=True)
+    parts = {layer.name: layer for layer in found.layers}
+    assert parts["backbone"].multiply_adds + parts["head"].multiply_adds == found.multiply_adds
+    assert parts["backbone"].parameters + parts["head"].parameters == found.parameters
+    leaves = [name for name, module in encoder.named_modules() if name and not list(module.children())]
+    assert sum(parts[name].multiply_adds for name in leaves) == found.multiply_adds
+    one, many = found.speeds
+    assert (one.batch, many.batch) == (1, 32)
+    assert many.images_per_second == pytest.approx(32_000 / many.milliseconds)
+    assert many.peak_mebibytes is None or many.peak_mebibytes > 0.25, "32 x 16 channels x 16 x 16 in two bytes"
+
+
+def test_the_command_shows_a_table_or_json(tmp_path, capsys) -> None:
+    encoder = Encoder(ResNet("resnet10", stem="small", width=0.125), image_size=8)
+    encoder.save(tmp_path / "encoder")
+    assert main(["info", str(tmp_path / "encoder"), "--batches", "2", "--layers"]) == 0
+    text = capsys.readouterr().out
+    assert "77,352 parameters (0.3 MB), 0.3 million multiply-adds per image of 8 px, 64 numbers per embedding" in text
+    assert "backbone.net.layer1.0.conv1" in text
+    assert main(["info", str(tmp_path / "encoder"), "--batches", "2", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["multiply_adds"] == 259_584
+    assert document["speeds"][0]["batch"] == 2
+    assert document["layers"] == []
+
+
+def test_no_batch_is_an_error() -> None:
+    encoder = Encoder(ResNet("resnet10", stem="small", width=0.125), image_size=8)
+    with pytest.raises(ValueError, match=r"needs batches of at least one image, got \[0\]"):
+        measure_capacity(encoder, batches=[0])
