@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 Result = dict[str, Any]
 PATH_HELP = "folder of images (label = folder), CSV or Parquet manifest, one image, or torchvision:NAME"
-VECTORS_HELP = f"{PATH_HELP}, stored embeddings, or vectors.npy"
+VECTORS_HELP = f"{PATH_HELP}, stored embeddings, or vectors in a .npy, .parquet or .faiss file"
+ONE_PROBE_HELP = "all images are of one probe, such as the frames of one visit"
+LABELS_HELP = "labels of the vectors: text with one per line, .npy, or .csv with the columns id,label"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,8 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--json", action="store_true", help="one JSON document on stdout")
     _add_embed(commands)
     _add_evaluate(commands)
+    _add_audit(commands)
     _add_finetune(commands)
+    _add_export(commands)
     _add_gallery(commands)
+    _add_serve(commands)
+    _add_info(commands)
     return parser
 
 
@@ -158,7 +164,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--reference", help="what to search (default: leave-one-out within the queries)")
     parser.add_argument("--reference-select", nargs="+", metavar="COLUMN=VALUE", help="as --select, for the reference")
     parser.add_argument("--knn-k", type=_count, default=20, help="neighbours of the weighted k-NN classifier")
-    parser.add_argument("--labels", help="labels of vectors.npy, one per line")
+    parser.add_argument("--labels", help=LABELS_HELP)
     parser.add_argument("--baselines", action="store_true", help="also raw pixels and the untrained network")
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
     _add_reading(parser)
@@ -172,7 +178,31 @@ def _add_evaluate(commands: Any) -> None:
     group.add_argument("--calibrate-select", nargs="+", metavar="COLUMN=VALUE", help="rows that set the threshold")
     group.add_argument("--fpir", type=float, default=0.05, help="promised false-positive identification rate")
     group.add_argument("--templates", type=_count, default=3, help="enrolled images per identity, without --reference")
-    group.add_argument("--seed", type=int, default=0, help="of the halves and templates")
+    group.add_argument("--seed", type=int, default=0, help="of the halves and templates; the first of --seeds")
+    group = parser.add_argument_group(
+        "protocols for a pre-trained backbone",
+        "Test accuracy on PATH of the backbone, without its head, with --reference as the labelled training images.",
+    )
+    group.add_argument(
+        "--protocol", nargs="+", choices=["knn", "linear", "low-shot"], help="knn is done with k = 200 and --knn-k"
+    )
+    group.add_argument("--seeds", type=_count, default=3, help="how many, for mean and standard deviation")
+    group.add_argument(
+        "--shares", type=float, nargs="+", default=(0.01, 0.1), help="of the training labels, for low-shot fine-tuning"
+    )
+    group.add_argument("--steps", type=_count, default=300, help="of low-shot fine-tuning")
+    group.add_argument("--flip", type=float, default=0.5, help="in fine-tuning, probability of a left-right flip")
+
+
+def _add_audit(commands: Any) -> None:
+    parser = _command(
+        commands, "audit", _audit, "a threshold, wrong labels, duplicates and look-alikes of anyone's vectors"
+    )
+    parser.add_argument("path", metavar="VECTORS", help="stored embeddings, or a .npy, .parquet or .faiss file")
+    parser.add_argument("labels", metavar="LABELS", nargs="?", help=f"{LABELS_HELP}; not needed if VECTORS has some")
+    parser.add_argument("--fpir", type=float, default=0.01, help="promised false-positive identification rate")
+    parser.add_argument("--duplicate", type=float, default=0.999, help="cosine from which rows are called duplicates")
+    parser.add_argument("--out", type=Path, help="also write a report for the browser to this HTML file")
 
 
 def _add_finetune(commands: Any) -> None:
@@ -202,25 +232,77 @@ def _add_finetune(commands: Any) -> None:
     _add_reading(parser)
 
 
+def _add_serve(commands: Any) -> None:
+    parser = _command(commands, "serve", _serve, "a gallery over HTTP, with a page for the browser")
+    parser.add_argument("gallery", type=Path, help="folder of the gallery")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; any but loopback needs --key-file")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--key-file", type=Path, help="file with the key that clients must send")
+    parser.add_argument(
+        "--allow-host", nargs="+", metavar="NAME", help="further names of this server, such as the one of a proxy"
+    )
+    parser.add_argument("--max-body", type=_bytes, default="10MB", help="largest request (default 10MB)")
+    parser.add_argument("--read-only", action="store_true", help="change nothing; another process may write")
+    parser.add_argument("--inbox", type=float, metavar="DAYS", help="keep unknown images for so many days")
+
+
+def _bytes(text: str) -> int:
+    """A number of bytes with or without kB, MB or GB, as argparse's type."""
+    units = {"gb": 10**9, "mb": 10**6, "kb": 10**3, "b": 1, "": 1}
+    number = text.strip().lower().rstrip("gmkb")
+    unit = units.get(text.strip().lower()[len(number) :])
+    if not number.isdecimal() or not int(number) or unit is None:
+        raise argparse.ArgumentTypeError(f"takes a number of bytes such as 500kB or 10MB, got {text!r}")
+    return int(number) * unit
+
+
+def _add_info(commands: Any) -> None:
+    parser = _command(commands, "info", _capacity, "parameters, multiply-adds, latency and memory of an encoder")
+    parser.add_argument("encoder", help="folder of a saved encoder")
+    parser.add_argument("--batches", type=_count, nargs="+", default=[1, 64], help="images per call")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", help="such as cpu or cuda (default: a GPU where there is one)")
+    parser.add_argument("--layers", action="store_true", help="also every layer")
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(commands, "export", _export, "write an encoder as one file that runs without embedlab")
+    parser.add_argument("encoder", help="folder of a saved encoder")
+    parser.add_argument("--format", choices=["onnx", "torch-export"], default="onnx")
+    parser.add_argument("--out", type=Path, required=True, help="the file, such as encoder.onnx")
+    parser.add_argument("--images", metavar="PATH", help=f"also compare both on these: {PATH_HELP}")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    _add_reading(parser)
+
+
 def _add_gallery(commands: Any) -> None:
     gallery = commands.add_parser(
         "gallery", help="enroll, identify, verify, remove", description="Work with a gallery."
     )
     verbs = gallery.add_subparsers(title="verbs", required=True, metavar="VERB")
 
-    def verb(name: str, run: Callable[[argparse.Namespace], Result], help: str, *, path: bool = False) -> Any:
+    def verb(
+        name: str,
+        run: Callable[[argparse.Namespace], Result],
+        help: str,
+        *,
+        path: bool = False,
+        several: bool = False,
+        optional: bool = False,
+    ) -> Any:
         parser = _command(verbs, name, run, help)
         parser.add_argument("gallery", type=Path, help="folder of the gallery")
         if path:
-            parser.add_argument("path", help=VECTORS_HELP)
-            parser.add_argument("--labels", help="labels of vectors.npy, one per line")
+            parser.add_argument("path", nargs="+" if several else "?" if optional else None, help=VECTORS_HELP)
+            parser.add_argument("--labels", help=LABELS_HELP)
             _add_reading(parser)
         return parser
 
     create = verb("create", _create, "make an empty gallery")
-    create.add_argument("--encoder", help="folder of a saved encoder; it is copied into the gallery")
+    create.add_argument("--encoder", help="folder of a saved encoder, or an ONNX file; it is copied into the gallery")
     create.add_argument("--dim", type=int, help="numbers per vector, for a gallery of ready-made vectors")
     create.add_argument("--fusion", choices=["max", "mean", "vote"], default="max", help="over an identity's templates")
+    create.add_argument("--thumbnails", action="store_true", help="keep a small picture of every enrolled image")
     enroll = verb("enroll", _enroll, "add templates", path=True)
     enroll.add_argument("--label", help="one identity for all images; otherwise labels come from PATH")
     enroll.add_argument("--key", help="name of this request: repeating it adds nothing")
@@ -237,17 +319,26 @@ def _add_gallery(commands: Any) -> None:
     verb("list", _list, "identities with their number of templates")
     search = verb("search", _search, "nearest templates", path=True)
     search.add_argument("-k", type=_count, default=10)
-    identify = verb("identify", _identify, "name each image, or say unknown", path=True)
+    identify = verb("identify", _identify, "name each image, or say unknown", path=True, several=True)
     identify.add_argument("-k", type=_count, default=5, help="neighbours that come with each answer")
+    identify.add_argument("--one-probe", action="store_true", help=ONE_PROBE_HELP)
+    identify.add_argument("--show", type=Path, metavar="FILE", help="also draw queries, answers and neighbours: a PNG")
     verify = verb("verify", _verify, "check that an image shows who it claims to", path=True)
     verify.add_argument("--label", required=True, help="the claimed identity")
-    calibrate = verb("calibrate", _calibrate, "set the unknown threshold from strangers", path=True)
+    verify.add_argument("--one-probe", action="store_true", help=ONE_PROBE_HELP)
+    calibrate = verb("calibrate", _calibrate, "set the unknown threshold from strangers", path=True, optional=True)
     calibrate.add_argument("--fpir", type=float, default=0.01, help="promised false-positive identification rate")
     calibrate.add_argument("--fmr", type=float, help="promised false match rate of verify (default: fpir)")
+    calibrate.add_argument("--growth", type=float, default=1.0, help="promised for up to so many times the identities")
+    calibrate.add_argument(
+        "--leave-identity-out", action="store_true", help="without PATH: the enrolled play the strangers; a makeshift"
+    )
     verb("check", _check, "verify every byte")
     verb("backup", _backup, "copy one consistent state").add_argument("out", type=Path)
     verb("compact", _compact, "give free space back")
     verb("info", _info, "what the gallery holds and promises")
+    report = verb("report", _report, "one HTML file: promise, identities with pictures, look-alikes, wrong labels")
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="file to write (default: report.html)")
 
 
 # ---- reading what PATH names ---------------------------------------------------------------------------------------
@@ -266,7 +357,9 @@ def _selection(pairs: list[str] | None) -> dict[str, list[str]] | None:
 
 
 def _is_vectors(path: str) -> bool:
-    return path.endswith(".npy") or (Path(path) / "protocol.json").is_file()
+    from embedlab.retrieval.embeddings import is_vectors
+
+    return is_vectors(path)
 
 
 def _vectors(path: str, labels: str | None) -> Embeddings:
@@ -290,6 +383,31 @@ def _probes(options: argparse.Namespace, gallery: Any) -> Embeddings:
     return found
 
 
+def _several_probes(options: argparse.Namespace, gallery: Any) -> Embeddings:
+    """The same for several PATHs, one after another."""
+    import numpy as np
+
+    from embedlab._types import Embeddings
+
+    parts = [_probes(argparse.Namespace(**vars(options) | {"path": path}), gallery) for path in options.path]
+    if len(parts) == 1:
+        return parts[0]
+    vectors = np.concatenate([part.vectors for part in parts])
+    names = [name for part in parts for name in _names(part)]
+    labels = [label for part in parts for label in part.labels or []]
+    return Embeddings(vectors, labels if len(labels) == len(vectors) else None, np.arange(len(vectors)), names)
+
+
+def _as_one(found: Embeddings) -> Embeddings:
+    """All images as one probe, under the name of the first."""
+    from embedlab._types import Embeddings
+    from embedlab.retrieval.inputs import normalised, pooled
+
+    vectors = pooled(normalised(found.vectors, None), [0] * len(found))[0]
+    labels = found.labels[:1] if found.labels and len(set(found.labels)) == 1 else None
+    return Embeddings(vectors, labels, found.ids[:1], found.paths and found.paths[:1])
+
+
 def _require_labels(labels: list[str] | None, path: str) -> list[str]:
     if labels is None:
         raise ValueError(
@@ -300,6 +418,19 @@ def _require_labels(labels: list[str] | None, path: str) -> list[str]:
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------
+
+
+def _capacity(options: argparse.Namespace) -> Result:
+    from embedlab.encoders import Encoder, measure_capacity
+
+    found = measure_capacity(
+        Encoder.load(options.encoder),
+        batches=options.batches,
+        precision=options.precision,
+        device=options.device,
+        layers=options.layers,
+    )
+    return found.to_dict() | {"text": found.to_text()}
 
 
 def _quickstart(options: argparse.Namespace) -> Result:
@@ -342,6 +473,8 @@ def _embed(options: argparse.Namespace) -> Result:
 def _evaluate(options: argparse.Namespace) -> Result:
     from embedlab.retrieval.evaluation import evaluate_open_set, evaluate_retrieval, table
 
+    if options.protocol:
+        return _evaluate_backbone(options)
     if options.open_set and not options.calibrate_select:
         raise ValueError(
             "--open-set needs --calibrate-select COLUMN=VALUE: identities, not tested, that set the threshold."
@@ -377,6 +510,54 @@ def _evaluate(options: argparse.Namespace) -> Result:
             f"{trial['calibration_strangers']} others at a promised FPIR of {trial['target_fpir']:.3f}\n"
         ) + table(trials, ["closed_set_accuracy", "detection_rate", "observed_fpir"])
     return {**result, "text": text}
+
+
+def _evaluate_backbone(options: argparse.Namespace) -> Result:
+    if not options.encoder or not (options.reference or options.reference_select):
+        raise ValueError(
+            "--protocol needs --reference, the labelled training images (or --reference-select, their rows of the same "
+            "manifest), and --encoder."
+        )
+    if options.open_set or options.baselines:
+        raise ValueError("--protocol measures one backbone; run --open-set and --baselines without it.")
+    from importlib.metadata import version
+
+    from embedlab.encoders import Encoder
+    from embedlab.tasks import evaluate_backbone
+
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after the work
+    result = evaluate_backbone(
+        _on_device(Encoder.load(options.encoder)),
+        _source(options.reference or options.path, options.reference_select),
+        _source(options.path, options.select),
+        protocols=options.protocol,
+        k=list(dict.fromkeys([200, options.knn_k])),
+        shares=options.shares,
+        seeds=range(options.seed, options.seed + options.seeds),
+        steps=options.steps,
+        flip=options.flip,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        on_error=options.on_error,
+        progress=not options.json,
+    )
+    result["protocol"] |= {
+        name: getattr(options, name) for name in ("path", "select", "reference", "reference_select")
+    } | {"versions": {"embedlab": __version__} | {name: version(name) for name in ("torch", "numpy", "scipy")}}
+    if options.out:
+        options.out.write_text(json.dumps(plain(result), indent=1), encoding="utf-8")
+    return {**result, "text": _protocol_table(result)}
+
+
+def _protocol_table(result: Result) -> str:
+    rows = [(f"k-NN k={row['k']} t={row['temperature']}", row) for row in result.get("knn", [])]
+    rows += [("linear probe", result["linear"])] if "linear" in result else []
+    rows += [(f"low-shot {row['share'] * 100:g} %", row) for row in result.get("low-shot", [])]
+    spreads = ["" if row.get("sd") is None else f"  sd {row['sd']:.4f}" for _, row in rows]
+    return "\n".join(
+        f"{name:20}{row['accuracy']:.4f}{spread}" for (name, row), spread in zip(rows, spreads, strict=True)
+    )
 
 
 def _refuse_shared_images(query: Embeddings, reference: Embeddings | None) -> None:
@@ -443,6 +624,25 @@ def _selected_vectors(path: str, labels: str | None, select: list[str] | None) -
     return _vectors(path, labels)
 
 
+def _audit(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval.audit import audit
+
+    rows = _vectors(options.path, options.labels)
+    if rows.labels is None:
+        raise ValueError(f"{options.path} has no labels; name a file with them: embedlab audit VECTORS LABELS.")
+    found = audit(rows.vectors, rows.labels, rows.ids, fpir=options.fpir, duplicate=options.duplicate)
+    result, text = found.to_dict(), found.to_text()
+    if options.out:
+        from embedlab.serving.report import audit_report, file_picture
+
+        keys = rows.ids.tolist()
+        paths = dict(zip(keys, rows.paths or [], strict=False))
+        document = audit_report(found, rows.labels, keys, lambda key: file_picture(paths.get(key)))
+        result |= _write_report(options.out, document)
+        text += f"\n\n{options.out}: open it in a browser"
+    return {**result, "text": text}
+
+
 def _finetune(options: argparse.Namespace) -> Result:
     from embedlab.data import ImageData, Views
     from embedlab.encoders import Encoder
@@ -491,10 +691,33 @@ def _finetune(options: argparse.Namespace) -> Result:
     return {"run": str(options.run), **report, "text": text}
 
 
+def _export(options: argparse.Namespace) -> Result:
+    from embedlab.encoders import Encoder
+    from embedlab.serving.export import export_encoder
+
+    report = export_encoder(
+        Encoder.load(options.encoder),
+        options.out,
+        format=options.format,
+        images=None if options.images is None else _source(options.images, options.select),
+        on_error=options.on_error,
+        overwrite=options.overwrite,
+    ).to_dict()
+    recall = report["recall_at_1"]
+    text = (
+        f"{report['path']}: {report['bytes'] / 1e6:.1f} MB, {report['dim']} numbers per image\n"
+        f"like the encoder on {report['images']} images: vectors differ by {report['max_difference']:.1e} at most"
+        + ("" if recall is None else f", recall@1 is {recall:.3f} with both")
+    )
+    return {**report, "text": text}
+
+
 def _create(options: argparse.Namespace) -> Result:
     from embedlab.retrieval import Gallery
 
-    with Gallery.create(options.gallery, options.encoder, dim=options.dim, fusion=options.fusion) as gallery:
+    with Gallery.create(
+        options.gallery, options.encoder, dim=options.dim, fusion=options.fusion, thumbnails=options.thumbnails
+    ) as gallery:
         return {**gallery.info(), "text": f"{options.gallery}: empty gallery for {gallery.dim} numbers per vector"}
 
 
@@ -504,8 +727,7 @@ def _enroll(options: argparse.Namespace) -> Result:
     with Gallery.open(options.gallery) as gallery:
         found = _probes(options, gallery)
         labels: Any = options.label or _require_labels(found.labels, options.path)
-        metadata = None if found.paths is None else [{"path": path} for path in found.paths]
-        ids = gallery.enroll(embeddings=found.vectors, labels=labels, metadata=metadata, key=options.key)
+        ids = gallery.enroll(embeddings=found, labels=labels, key=options.key)
         counts = gallery.counts()
         return {
             "ids": ids,
@@ -576,11 +798,14 @@ def _identify(options: argparse.Namespace) -> Result:
     from embedlab.retrieval.open_set import evaluate_gallery
 
     with Gallery.open(options.gallery, read_only=True) as gallery:
-        probes = _probes(options, gallery)
+        probes = _several_probes(options, gallery)
+        probes = _as_one(probes) if options.one_probe else probes
         answers = gallery.identify(embeddings=probes.vectors, k=options.k)
         enrolled = set(gallery.labels())
         labelled = probes.labels is not None and any(label in enrolled for label in probes.labels)
         report = evaluate_gallery(gallery, probes).to_dict() if labelled and gallery.calibration else None
+        if options.show:
+            _show(options.show, gallery, probes, answers)
     rows = [{"probe": name, **answer.to_dict()} for name, answer in zip(_names(probes), answers, strict=True)]
     lines = [f"{row['score'] or 0:.3f}  {row['label'] or 'unknown':30s}  {row['probe']}" for row in rows]
     if rows and not enrolled:
@@ -594,6 +819,25 @@ def _identify(options: argparse.Namespace) -> Result:
     if report:
         lines.append(_open_set_lines(report))
     return {"results": rows, "report": report, "text": "\n".join(lines)}
+
+
+def _show(path: Path, gallery: Any, probes: Embeddings, answers: Any) -> None:
+    from io import BytesIO
+
+    from PIL import Image
+
+    from embedlab.data.images import image_pixels
+    from embedlab.serving.pictures import draw_identifications
+    from embedlab.serving.report import file_picture, template_pictures
+
+    def pixels(content: bytes | None) -> Any:
+        return None if content is None else image_pixels(Image.open(BytesIO(content)))
+
+    pictures = template_pictures(gallery)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_identifications(
+        path, answers, [pixels(file_picture(name)) for name in _names(probes)], lambda key: pixels(pictures(key))
+    )
 
 
 def _open_set_lines(report: Result) -> str:
@@ -618,6 +862,7 @@ def _verify(options: argparse.Namespace) -> Result:
 
     with Gallery.open(options.gallery, read_only=True) as gallery:
         probes = _probes(options, gallery)
+        probes = _as_one(probes) if options.one_probe else probes
         answers = [gallery.verify(options.label, embedding=vector) for vector in probes.vectors]
     word = {True: "accepted", False: "rejected", None: "uncalibrated"}
     rows = [{"probe": name, **answer.to_dict()} for name, answer in zip(_names(probes), answers, strict=True)]
@@ -630,14 +875,23 @@ def _verify(options: argparse.Namespace) -> Result:
 def _calibrate(options: argparse.Namespace) -> Result:
     from embedlab.retrieval import Gallery
 
+    if options.leave_identity_out == (options.path is not None):
+        raise ValueError("gallery calibrate takes either PATH with strangers or --leave-identity-out.")
     with Gallery.open(options.gallery) as gallery:
-        strangers = _probes(options, gallery)
-        found = gallery.calibrate(embeddings=strangers, fpir=options.fpir, fmr=options.fmr)
+        found = gallery.calibrate(
+            embeddings=None if options.leave_identity_out else _probes(options, gallery),
+            leave_identity_out=options.leave_identity_out,
+            fpir=options.fpir,
+            fmr=options.fmr,
+            growth=options.growth,
+        )
     text = (
         f"threshold {found.threshold:.4f}: with {found.confidence:.0%} confidence at most {found.fpir:.1%} of "
         f"strangers are taken for somebody\n(bound {found.bound:.2%}, observed {found.observed:.2%} on "
         f"{found.images} images of {found.strangers} strangers, worth {found.effective_strangers:.0f} independent ones)"
     )
+    if found.growth > 1:
+        text += f"\nfor up to {int(found.growth * (found.gallery_identities or 0))} identities"
     if found.genuine_images:
         text += f"\n{found.genuine_images} images carry names that are enrolled: genuine probes, which set no threshold"
     return {**found.to_dict(), "text": text}
@@ -675,6 +929,39 @@ def _info(options: argparse.Namespace) -> Result:
         info = gallery.info()
     lines = [f"{name:12s}  {value}" for name, value in info.items() if not isinstance(value, dict)]
     return {**info, "text": "\n".join(lines)}
+
+
+def _report(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+    from embedlab.serving.report import gallery_report
+
+    with Gallery.open(options.gallery, read_only=True) as gallery:
+        document = gallery_report(gallery)
+    return _write_report(options.out, document) | {"text": f"{options.out}: open it in a browser"}
+
+
+def _write_report(path: Path, document: str) -> Result:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(document, encoding="utf-8")
+    return {"report": str(path), "bytes": path.stat().st_size}
+
+
+def _serve(options: argparse.Namespace) -> Result:
+    try:
+        from embedlab.serving.server import serve
+    except ImportError as error:
+        raise ImportError(f"embedlab serve needs {error.name}: pip install 'embedlab[web]'") from error
+    serve(
+        options.gallery,
+        host=options.host,
+        port=options.port,
+        key_file=options.key_file,
+        allow_hosts=options.allow_host,
+        max_body=options.max_body,
+        read_only=options.read_only,
+        inbox_days=options.inbox,
+    )
+    return {"text": "stopped"}
 
 
 def _names(embeddings: Embeddings) -> list[str]:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import pytorch_lightning as pl
 import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch import nn
 
@@ -30,7 +31,7 @@ from embedlab.data import ImageData, Views
 from embedlab.data.splits import read_split
 from embedlab.methods import Method
 from embedlab.methods.checkpoints import Checkpoints, Guard, newest_valid, steps_of, write_file
-from embedlab.methods.trainer import SaveEncoder, quiet
+from embedlab.methods.trainer import SaveEncoder, StepBar, quiet
 from embedlab.retrieval.monitor import Monitor
 
 log = logging.getLogger("embedlab")
@@ -115,7 +116,16 @@ class _FitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(Checkpoints, "checkpoints", skip={"folder"})
-        parser.callback_keys.append("checkpoints")
+        parser.add_class_arguments(Monitor, "monitor")
+        parser.callback_keys += ["checkpoints", "monitor"]
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Our bar, unless the recipe brings another or wants none."""
+        asked = self.config_init["trainer"]
+        foreign = any(isinstance(callback, ProgressBar) for callback in asked["callbacks"] or [])
+        if asked["enable_progress_bar"] is not False and not foreign:
+            self.trainer_defaults["callbacks"].append(StepBar())
+        return super().instantiate_trainer(**kwargs)
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -297,7 +307,6 @@ def _command_line(arguments: list[str], run: Path) -> _FitCLI:
             "enable_model_summary": False,
             "callbacks": [
                 SaveEncoder(f"{run_folder}/encoder"),
-                Monitor(),
                 Guard(),
             ],
         },

@@ -30,7 +30,7 @@ from embedlab.data.glyphs import Glyphs
 from embedlab.encoders import Encoder, LinearHead, MLPHead, Pixels, ResNet
 from embedlab.losses import SupConLoss
 from embedlab.methods import Method, MetricLearning, SimCLR
-from embedlab.methods.trainer import StepBar, fast_precision, quiet
+from embedlab.methods.trainer import StepBar, fast_precision, quiet, trained_encoder
 from embedlab.metrics import detection_identification_rate, knn_accuracy
 from embedlab.retrieval import Gallery, OpenSetReport, evaluate_gallery
 from embedlab.retrieval.calibration import refuse_if_unsupported
@@ -159,7 +159,7 @@ def _train_characters(job: Run, glyphs: Glyphs) -> Encoder:
         seed=job.seed,
     )
     _train(method, data, job.steps(1500), "characters")
-    return Encoder(method.backbone, method.head, **data.preprocessing).eval()  # type: ignore[arg-type]
+    return trained_encoder(method, data).eval()
 
 
 def _backbone() -> ResNet:
@@ -175,7 +175,6 @@ def _train(method: Method, data: ImageData, steps: int, told: str) -> None:
         devices=1,
         logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -187,7 +186,8 @@ def _train(method: Method, data: ImageData, steps: int, told: str) -> None:
 
 def _choose_layer(job: Run, headed: Encoder, glyphs: Glyphs) -> tuple[Encoder, str]:
     """Backbone features or head, by detection at equal FPIR among identities that are neither trained on nor tested."""
-    candidates = {"head": headed, "backbone": Encoder(headed.backbone, **headed.preprocessing).eval()}
+    backbone = Encoder(headed.backbone, identities=headed.identities, **headed.preprocessing).eval()
+    candidates = {"head": headed, "backbone": backbone}
     enrolled, _ = halve_identities(glyphs.labels, seed=job.seed)
     chosen = choose_templates(glyphs.labels, enrolled, templates=TEMPLATES, seed=job.seed)
     rates = {}
@@ -209,7 +209,7 @@ def _gallery(
     enrolled, _ = halve_identities(test.labels, seed=job.seed)
     chosen = choose_templates(test.labels, enrolled, templates=TEMPLATES, seed=job.seed)
     templates, probes = test.take(np.flatnonzero(chosen)), test.take(np.flatnonzero(~chosen))
-    with Gallery.create(job.out / "gallery", encoder) as gallery:
+    with Gallery.create(job.out / "gallery", encoder, thumbnails=True) as gallery:
         gallery.enroll(images=_pixels(templates), labels=templates.labels, metadata=_styles(templates))
         gallery.calibrate(images=_pixels(calibrate), labels=list(calibrate.labels), fpir=job.fpir)
         trials = {"trained": evaluate_gallery(gallery, _embed(encoder, probes))}

@@ -52,6 +52,19 @@ def naive_average_precision(hits, k=None):
     return sum(found) / min(sum(hits), k) if any(hits) else 0.0
 
 
+def naive_reciprocal_rank(hits, k=None):
+    return 1 / (hits.index(True) + 1) if any(hits[:k]) else 0.0
+
+
+def naive_ndcg(hits, k=None):
+    """Jarvelin and Kekalainen 2002, gain 1 for a match, against the same matches in front."""
+    gained, best = (
+        sum(1 / math.log2(place + 2) for place, hit in enumerate(order[:k]) if hit)
+        for order in (hits, sorted(hits, reverse=True))
+    )
+    return gained / best if best else 0.0
+
+
 def naive_knn_accuracy(train, train_labels, test, test_labels, k, temperature):
     """Wu et al. 2018, section 3.4; a tie goes to the class that sorts first."""
     right = 0

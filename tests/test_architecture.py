@@ -47,7 +47,7 @@ def test_a_room_imports_only_rooms_above_it(room) -> None:
         assert imports(path) <= allowed, f"{path.relative_to(PACKAGE)} may import {sorted(allowed)}"
 
 
-@pytest.mark.parametrize("room", ["", "data", "retrieval"])
+@pytest.mark.parametrize("room", ["", "data", "retrieval", "serving"])
 def test_lazy_names_and_names_for_type_checkers_agree(room) -> None:
     path = PACKAGE / room / "__init__.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -488,7 +488,7 @@ def test_extreme_shapes_fit(shape: tuple[int, int], how: str) -> None:
 
 
 def test_fit_refuses_what_is_no_image() -> None:
-    with pytest.raises(ValueError, match=r"got \(4, 4, 3\) float64; for floats in \[0, 1\] pass"):
+    with pytest.raises(ValueError, match=r"got \(4, 4, 3\) float64; for floats in \[0, 1\] pass array.astype"):
         fit_image(np.zeros((4, 4, 3)), 4)
     with pytest.raises(ValueError, match=r"non-empty .* got \(0, 4, 3\) uint8"):
         fit_image(np.zeros((0, 4, 3), dtype=np.uint8), 4)

@@ -15,10 +15,12 @@ from naive import (
     naive_hits,
     naive_knn_accuracy,
     naive_map_at_r,
+    naive_ndcg,
     naive_precision_at_k,
     naive_r_precision,
     naive_rankings,
     naive_recall_at_k,
+    naive_reciprocal_rank,
     naive_tar_at_far,
 )
 from scipy.optimize import brentq
@@ -32,6 +34,10 @@ RETRIEVAL = {
     "r_precision": (metrics.r_precision, {}, naive_r_precision),
     "map_at_r": (metrics.map_at_r, {}, naive_map_at_r),
     "map": (metrics.mean_average_precision, {}, naive_average_precision),
+    "mrr": (metrics.mean_reciprocal_rank, {}, naive_reciprocal_rank),
+    "mrr@2": (metrics.mean_reciprocal_rank, {"k": 2}, lambda hits: naive_reciprocal_rank(hits, 2)),
+    "ndcg": (metrics.ndcg_at_k, {}, naive_ndcg),
+    "ndcg@4": (metrics.ndcg_at_k, {"k": 4}, lambda hits: naive_ndcg(hits, 4)),
     "map@5": (metrics.mean_average_precision, {"k": 5}, lambda hits: naive_average_precision(hits, 5)),
 }
 
@@ -81,6 +87,28 @@ def test_retrieval_equals_the_loops(name, grouped, kind):
         for empty, counted in [("skip", [h for h in hits if any(h)]), ("zero", hits)]:
             want = np.mean([naive(h) for h in counted])
             assert function(*pair, **options, empty=empty, groups=given) == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("kind", ["continuous", "ties"])
+def test_cmc_is_recall_at_every_rank(kind):
+    vectors, labels = embeddings(40, 8, kind=kind)
+    labels[3] = 77
+    hits = naive_hits(naive_rankings(vectors), labels, labels)
+    for empty, counted in [("skip", [h for h in hits if any(h)]), ("zero", hits)]:
+        want = [np.mean([naive_recall_at_k(h, k) for h in counted]) for k in range(1, 13)]
+        got = metrics.cmc(vectors, labels, k=12, empty=empty)
+        np.testing.assert_allclose(got, want, atol=1e-12)
+    assert got[0] == metrics.recall_at_k(vectors, labels, k=1, empty="zero")
+
+
+def test_ndcg_equals_scikit_learn():
+    query, query_labels = embeddings(20, 3, seed=1)
+    reference, reference_labels = embeddings(30, 3, seed=2)
+    unit = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in (query, reference)]
+    match = (query_labels[:, None] == reference_labels).astype(float)
+    want = sklearn.metrics.ndcg_score(match, unit[0] @ unit[1].T, k=7)
+    assert metrics.ndcg_at_k(query, query_labels, reference, reference_labels, k=7) == pytest.approx(want, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["continuous", "ties"])
@@ -358,11 +386,13 @@ def test_binary_report_equals_scikit_learn(beta):
         "precision": sklearn.metrics.precision_score(target, prediction),
         "recall": sklearn.metrics.recall_score(target, prediction),
         "f_beta": sklearn.metrics.fbeta_score(target, prediction, beta=beta),
+        "f1": sklearn.metrics.f1_score(target, prediction),
         "specificity": tn / (tn + fp),
         "fpr": fp / (tn + fp),
         "fnr": fn / (tp + fn),
         "mcc": sklearn.metrics.matthews_corrcoef(target, prediction),
         "auc": sklearn.metrics.roc_auc_score(target, scores),
+        "average_precision": sklearn.metrics.average_precision_score(target, scores),
     }
     assert report == pytest.approx(want, abs=1e-12)
     assert list(report) == list(want)
@@ -390,11 +420,13 @@ def test_multiclass_report_equals_scikit_learn():
         "precision": sklearn.metrics.precision_score(target, prediction, **macro),
         "recall": sklearn.metrics.recall_score(target, prediction, **macro),
         "f_beta": sklearn.metrics.fbeta_score(target, prediction, beta=2, **macro),
+        "f1": sklearn.metrics.f1_score(target, prediction, **macro),
         "specificity": specificity,
         "fpr": 1 - specificity,
         "fnr": 1 - sklearn.metrics.recall_score(target, prediction, **macro),
         "mcc": sklearn.metrics.matthews_corrcoef(target, prediction),
         "auc": sklearn.metrics.roc_auc_score(target, scores, multi_class="ovr"),
+        "average_precision": sklearn.metrics.average_precision_score(np.eye(4)[target], scores, **macro),
     }
     assert report == pytest.approx(want, abs=1e-12)
 

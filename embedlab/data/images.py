@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
-from typing import BinaryIO, Literal, NoReturn, get_args
+from typing import Any, BinaryIO, Literal, NoReturn, get_args
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 from tqdm import tqdm
 
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
 Fit = Literal["crop", "stretch", "pad"]
 SKIP_LIMIT = 0.01  # the largest share of unreadable files that on_error="skip" leaves out
@@ -276,25 +277,25 @@ def convert_channels(array: Pixels, channels: int) -> Pixels:
     raise ValueError(f"An image of {have} channels cannot become one of {channels}: set channels={have}.")
 
 
-def fit_image(array: Pixels, size: int, how: Fit = "crop") -> Pixels:
+def fit_image(array: Pixels | Floats, size: int, how: Fit = "crop") -> np.ndarray[Any, Any]:
     """Bring an image to a square by one antialiased resampling (bilinear, support grows with the reduction).
 
     Args:
-        array: (H, W, C) or (H, W) uint8, any number of channels.
+        array: (H, W, C) or (H, W) uint8, or float32 in [0, 1]; any number of channels.
         size: Side of the result in pixels.
         how: "crop" keeps the centre square of the image; "stretch" changes the proportions; "pad" keeps everything and
             fills with white, the colour that also lies under transparent pixels.
 
     Returns:
-        (size, size, C) uint8, a new array.
+        (size, size, C) uint8 or float32 as it came, a new array.
 
     Raises:
         ValueError: For another type or shape, an empty image, a size below 1 or an unknown `how`.
     """
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.size == 0:
+    if array.dtype not in (np.uint8, np.float32) or array.ndim not in (2, 3) or array.size == 0:
         raise ValueError(
-            f"fit_image needs a non-empty (H, W, C) or (H, W) uint8 array, got {array.shape} {array.dtype}; "
-            "for floats in [0, 1] pass (255 * array).round().astype('uint8')."
+            f"fit_image needs a non-empty (H, W, C) or (H, W) array of uint8 or float32, got {array.shape} "
+            f"{array.dtype}; for floats in [0, 1] pass array.astype('float32')."
         )
     _check_fit(size, how)
     if array.ndim == 2:
@@ -310,7 +311,8 @@ def fit_image(array: Pixels, size: int, how: Fit = "crop") -> Pixels:
         scale = size / max(height, width)
         target = (max(1, round(width * scale)), max(1, round(height * scale)))
 
-    layers = [array] if count == 3 else [array[..., i] for i in range(count)]
+    whole = count == 3 and array.dtype == np.uint8  # what Pillow has a mode for
+    layers = [array] if whole else [array[..., i] for i in range(count)]
     resized = [
         np.asarray(
             Image.fromarray(np.ascontiguousarray(layer)).resize(
@@ -319,11 +321,48 @@ def fit_image(array: Pixels, size: int, how: Fit = "crop") -> Pixels:
         )
         for layer in layers
     ]
-    small = resized[0] if count == 3 else np.stack(resized, axis=-1)
-    result = np.full((size, size, count), 255, dtype=np.uint8)
+    small = resized[0] if whole else np.stack(resized, axis=-1)
+    result = np.full((size, size, count), 255 if array.dtype == np.uint8 else 1, dtype=array.dtype)
     row, column = (size - target[1]) // 2, (size - target[0]) // 2
     result[row : row + target[1], column : column + target[0]] = small
     return result
+
+
+def fit_batch(images: np.ndarray[Any, Any], size: int, *, channels: int, how: Fit = "crop") -> np.ndarray[Any, Any]:
+    """Bring a batch of decoded images to a square, as `fit_image` does with one.
+
+    Args:
+        images: (N, C, H, W) uint8, or float in [0, 1].
+        size: Side of the result in pixels.
+        channels: C that is expected.
+        how: "crop", "stretch" or "pad", see `fit_image`.
+
+    Returns:
+        (N, C, size, size) uint8 or float32; the array itself where it has that shape already.
+
+    Raises:
+        ValueError: Another shape, type or range of values.
+    """
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(
+            f"The embedder takes images (N, {channels}, H, W), got {images.shape}; channels come second. "
+            "For files give their paths."
+        )
+    if images.dtype != np.uint8:
+        if images.dtype.kind != "f":
+            raise ValueError(f"Images must be uint8, or floats in [0, 1]; got {images.dtype}.")
+        if images.size and not 0 <= images.min() <= images.max() <= 1:
+            raise ValueError(
+                f"Float images must lie in [0, 1], got [{images.min():.3g}, {images.max():.3g}]; divide by 255, or "
+                "give uint8. Mean and standard deviation are applied inside."
+            )
+        images = images.astype(np.float32, copy=False)
+    if images.shape[2:] == (size, size):
+        return images
+    fitted = np.empty((len(images), channels, size, size), images.dtype)
+    for row, image in enumerate(images):
+        fitted[row] = fit_image(image.transpose(1, 2, 0), size, how).transpose(2, 0, 1)
+    return fitted
 
 
 def _check_fit(size: int, how: str) -> None:
@@ -402,7 +441,7 @@ def read_rows(
             return error.reason
         return None
 
-    reasons = _on_threads(fill, len(names), threads or min(8, _cores()))
+    reasons = _on_threads(fill, len(names), threads or min(8, available_cores()))
     skipped = [(name, reason) for name, reason in zip(names, reasons, strict=True) if reason is not None]
     kept = [row for row, reason in enumerate(reasons) if reason is None]
     report_skipped(skipped, len(names), skip_limit)
@@ -447,7 +486,8 @@ def _allocate(shape: tuple[int, ...]) -> Pixels:
         ) from error
 
 
-def _cores() -> int:
+def available_cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

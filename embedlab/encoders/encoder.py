@@ -10,21 +10,20 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from embedlab._ops import normalize
 from embedlab._types import Embeddings
-from embedlab.data.images import SKIP_LIMIT, Fit, OnError, read_images, report_skipped
+from embedlab.data.embedding import embed_images, identity_hash
+from embedlab.data.images import Fit, OnError, fit_batch
 from embedlab.data.sources import Source
 from embedlab.data.views import color_statistics
 from embedlab.encoders.backbones import Pixels, ResNet, TimmBackbone
@@ -38,7 +37,6 @@ _ARCHITECTURES: dict[str, type[nn.Module]] = {
     kind.__name__: kind for kind in (ResNet, TimmBackbone, Pixels, MLPHead, LinearHead)
 }
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{32})"')
-_CHUNK = 2048  # images decoded at a time: bounds memory whatever the number of files
 
 
 class EncoderError(ValueError):
@@ -56,6 +54,8 @@ class Encoder(nn.Module):
         mean: Per channel, of images in [0, 1]; None is ImageNet's.
         std: As mean.
         fit: How an image of another shape becomes square: "crop", "stretch" or "pad".
+        identities: Hashes (`identity_hash`) of the labels that the weights were trained on; they are saved along but
+            are no part of the fingerprint.
 
     Shape: images (B, C, H, W), uint8 or float in [0, 1], to (B, D) float32 of unit length.
 
@@ -78,6 +78,7 @@ class Encoder(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         fit: Fit = "crop",
+        identities: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -86,9 +87,14 @@ class Encoder(nn.Module):
         self.image_size = image_size
         self.channels: int = channels or getattr(backbone, "in_channels", 3)  # type: ignore[assignment]
         self.fit: Fit = fit
+        self.identities = frozenset(identities)
         self.statistics = color_statistics(self.channels, mean, std)
         for name, value in zip(("mean", "std"), self.statistics, strict=True):
             self.register_buffer(name, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
+
+    def trained_on(self, label: str) -> bool:
+        """Whether the weights were trained with images under this label; such a one is no stranger to them."""
+        return identity_hash(label) in self.identities
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -142,6 +148,7 @@ class Encoder(nn.Module):
                 if part is not None:
                     setattr(fresh, name, _construct(_describe(part), None, name, "The encoder"))
         fresh.to(self.mean.device)
+        fresh.identities = frozenset()
         if images is not None:
             norms = [module for module in fresh.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
             for module in norms:
@@ -154,42 +161,16 @@ class Encoder(nn.Module):
         return fresh.eval()
 
     def preprocess(self, images: np.ndarray | Tensor) -> Tensor:
-        """Bring a batch of images to the encoder's size.
+        """Bring a batch of images to the encoder's size, as its image files are.
 
         Args:
             images: (N, C, H, W), uint8 or float in [0, 1].
 
         Returns:
-            (N, C, image_size, image_size), uint8 or float as it came.
+            (N, C, image_size, image_size), uint8 or float32 as it came.
         """
-        batch = torch.as_tensor(images)
-        if batch.ndim != 4 or batch.shape[1] != self.channels:
-            raise ValueError(
-                f"Encoder takes images (N, {self.channels}, H, W), got {tuple(batch.shape)}; channels come second. "
-                "For files give their paths."
-            )
-        if batch.is_floating_point() and len(batch) and not 0 <= float(batch.min()) <= float(batch.max()) <= 1:
-            raise ValueError(
-                f"Float images must lie in [0, 1], got [{float(batch.min()):.3g}, {float(batch.max()):.3g}]; divide by "
-                "255, or give uint8. Mean and standard deviation are applied inside."
-            )
-        size = self.image_size
-        if batch.shape[-2:] == (size, size):
-            return batch
-        height, width = batch.shape[-2:]
-        if self.fit == "crop":
-            scale = size / min(height, width)
-            height, width = max(size, round(height * scale)), max(size, round(width * scale))
-            batch = F.interpolate(batch, (height, width), mode="bilinear", antialias=True)
-            top, left = (height - size) // 2, (width - size) // 2
-            return batch[..., top : top + size, left : left + size]
-        if self.fit == "pad":
-            missing = max(height, width) - torch.tensor([height, width])
-            top, left = (missing // 2).tolist()
-            bottom, right = (missing - missing // 2).tolist()
-            white = 255 if batch.dtype == torch.uint8 else 1.0
-            batch = F.pad(batch, (left, right, top, bottom), value=white)
-        return F.interpolate(batch, (size, size), mode="bilinear", antialias=True)
+        array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+        return torch.as_tensor(fit_batch(array, self.image_size, channels=self.channels, how=self.fit))
 
     def embed(
         self,
@@ -212,53 +193,22 @@ class Encoder(nn.Module):
         Returns:
             Embeddings whose ids are row numbers of the input; labels and paths as far as the input has them.
         """
-        source = images if isinstance(images, Source) else None
-        paths = None if source or isinstance(images, np.ndarray | Tensor) else [os.fspath(path) for path in images]  # type: ignore[union-attr]
-        names = source.names if source else paths
-        vectors, kept, skipped = [np.zeros((0, self.dim), np.float32)], [np.zeros(0, np.int64)], []
-        with tqdm(total=len(images), desc="embed", unit="img", delay=1, disable=not progress) as bar:
-            for start in range(0, len(images), _CHUNK):
-                rows = np.arange(start, min(start + _CHUNK, len(images)))
-                bar.update(len(rows))
-                if names is None:
-                    chunk = self.preprocess(images[start : start + _CHUNK])  # type: ignore[arg-type, index]
-                else:
-                    decoded, rows, bad = self._decode(source, paths, rows, on_error)
-                    skipped += bad
-                    chunk = torch.from_numpy(decoded)
-                kept.append(rows)
-                vectors += [self._embed_batch(part, precision) for part in torch.split(chunk, batch_size) if len(part)]
-        report_skipped(skipped, len(images), SKIP_LIMIT)
-        ids = np.concatenate(kept)
-        return Embeddings(
-            vectors=np.concatenate(vectors),
-            labels=[source.labels[row] for row in ids] if source and source.labels else None,
-            ids=ids,
-            paths=None if names is None else [names[row] for row in ids],
-        )
-
-    def _decode(
-        self, source: Source | None, paths: list[str] | None, rows: np.ndarray, on_error: OnError
-    ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
-        """Read rows of a source, or of a list of paths, which may name a file twice."""
-        if source is not None:
-            return source.read(
-                rows, self.image_size, channels=self.channels, how=self.fit, on_error=on_error, skip_limit=1.0
-            )
-        assert paths is not None
-        images, kept, skipped = read_images(
-            [paths[row] for row in rows],
-            self.image_size,
+        return embed_images(
+            images,
+            lambda batch: self._embed_batch(batch, precision),
+            preprocess=self.preprocess,
+            size=self.image_size,
             channels=self.channels,
-            how=self.fit,
+            fit=self.fit,
+            dim=self.dim,
+            batch_size=batch_size,
             on_error=on_error,
-            skip_limit=1.0,
+            progress=progress,
         )
-        return images, rows[kept], skipped
 
     @torch.no_grad()
-    def _embed_batch(self, images: Tensor, precision: str) -> np.ndarray:
-        images = images.to(self.mean.device)
+    def _embed_batch(self, batch: np.ndarray | Tensor, precision: str) -> np.ndarray:
+        images = torch.as_tensor(batch).to(self.mean.device)
         training = self.training
         self.eval()
         try:
@@ -284,6 +234,7 @@ class Encoder(nn.Module):
             "dim": self.dim,
             "architecture": self.architecture,
             "preprocessing": self.preprocessing,
+            "identities": sorted(self.identities),
         }
         text = (json.dumps(description, indent=1) + "\n").encode()
         text = text.replace(b'"digest": "' + b"0" * 32, b'"digest": "' + _digest(text, weights).encode())
@@ -319,6 +270,7 @@ class Encoder(nn.Module):
             _construct(architecture["backbone"], backbone, "backbone", folder),
             None if architecture["head"] is None else _construct(architecture["head"], head, "head", folder),
             **preprocessing,
+            identities=description.get("identities", ()),
         )
         try:
             encoder.load_state_dict(load_tensors(weights))

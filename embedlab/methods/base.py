@@ -66,11 +66,17 @@ class Method(pl.LightningModule):
         self.backbone = backbone
         self.head = head
         self.dim = connect(backbone, head)
+        self.identities: frozenset[str] = frozenset()  # hashes of those that the weights were trained on before
         self.optimizer = optimizer
         self.warmup = warmup
         self.scale_rate = scale_rate
         self.sync_batch_norm = sync_batch_norm
         self.chunk = chunk
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether labels shape what `fit` leaves behind; the encoder then remembers them, see `Encoder.trained_on`."""
+        return False
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, C, H, W) to embeddings (B, D), not yet of unit length."""
@@ -107,8 +113,8 @@ class Method(pl.LightningModule):
         self.to(memory_format=torch.channels_last)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:  # noqa: ARG002
-        """Embed the plain images; the monitor makes figures of them."""
-        return {"embeddings": self(batch.views[0]).float(), "labels": batch.labels, "index": batch.index}
+        """The plain images; `Monitor` embeds as many of them as its share of the time allows."""
+        return {"images": batch.views[0], "labels": batch.labels, "index": batch.index}
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop on NaN or infinity before it reaches the weights."""

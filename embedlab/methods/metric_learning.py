@@ -148,6 +148,11 @@ class MetricLearning(Method):
                 }
 
     @property
+    def uses_labels(self) -> bool:
+        """They choose the pairs."""
+        return True
+
+    @property
     def embedding_head(self) -> nn.Module | None:
         """The head, where it is kept."""
         return self.head if self.keep_head else None

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
+import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm
 
+from embedlab._types import Batch
 from embedlab.data.embedding import identity_hash
 from embedlab.data.module import ImageData
 from embedlab.encoders import Encoder
@@ -48,38 +53,89 @@ def fast_precision() -> Literal["bf16-mixed", "32-true"]:
     return "bf16-mixed" if able.get("avx512_bf16") or able.get("amx_bf16") else "32-true"
 
 
-class StepBar(pl.Callback):
-    """One bar over all optimizer steps, on stderr, instead of one per epoch.
+class StepBar(ProgressBar):
+    """One bar over all optimizer steps of the run, on stderr: loss, k-NN accuracy, images per second, time left.
+
+    The images are those of all ranks, each once however many views are cut from it, over the seconds of training alone.
 
     Args:
         description: What is being trained.
     """
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str = "fit") -> None:
+        super().__init__()
         self.description = description
         self.bar: tqdm[NoReturn] | None = None
+        self.enabled = True
+        self.interval = 0.5 if sys.stderr.isatty() else 10.0  # seconds; a log file gets few lines
+        self.images, self.since, self.rate = 0, 0.0, 0.0
+
+    def disable(self) -> None:
+        """Show nothing."""
+        self.enabled = False
+
+    def enable(self) -> None:
+        """Show the bar of the next run."""
+        self.enabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Open the bar in the first process."""
-        total = int(trainer.estimated_stepping_batches)
-        self.bar = tqdm(total=total, desc=self.description, unit="step", disable=not trainer.is_global_zero)
+        """Open the bar in the first process, at the step that a resumed run has reached."""
+        total = trainer.estimated_stepping_batches
+        self.bar = tqdm(
+            total=None if math.isinf(total) else int(total),
+            initial=trainer.global_step,
+            desc=self.description,
+            unit="step",
+            smoothing=0.1,
+            mininterval=self.interval,
+            disable=not (self.enabled and trainer.is_global_zero),
+        )
+        self.rate = 0.0
+        self._start_clock()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Move on, and show the loss every twentieth step."""
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Move on; the figures are read seldom, because the loss has to come from the device."""
         assert self.bar is not None
+        self.images += len(batch) * trainer.world_size if isinstance(batch, Batch) else 0
+        seconds = time.perf_counter() - self.since
+        if seconds >= self.interval:
+            rate = self.images / seconds
+            self.rate = rate if self.rate == 0 else 0.7 * self.rate + 0.3 * rate
+            self._start_clock()
+            self.bar.set_postfix_str(self._figures(trainer), refresh=False)
         self.bar.update(trainer.global_step - self.bar.n)
-        if trainer.global_step % 20 == 0 and "train/loss" in trainer.callback_metrics:
-            self.bar.set_postfix(loss=f"{trainer.callback_metrics['train/loss'].item():.3f}", refresh=False)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Evaluation is no training: its seconds do not count."""
+        self._start_clock()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Close it."""
+        """Show the last figures and close."""
         if self.bar is not None:
+            self.bar.set_postfix_str(self._figures(trainer))
             self.bar.close()
 
     def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:  # noqa: ARG002
         """Leave the terminal in order."""
         if self.bar is not None:
             self.bar.close()
+
+    def _start_clock(self) -> None:
+        self.images, self.since = 0, time.perf_counter()
+
+    def _figures(self, trainer: pl.Trainer) -> str:
+        """Such as "loss 1.234, k-NN 0.871, 2,345 images/s"."""
+        found = trainer.callback_metrics
+        named = {"loss": "train/loss", "k-NN": "val/knn"}
+        told = [f"{name} {float(found[key]):.3f}" for name, key in named.items() if key in found]
+        return ", ".join([*told, *([f"{self.rate:,.0f} images/s"] if self.rate else [])])
 
 
 class Compile(pl.Callback):
@@ -128,6 +184,17 @@ class ViewSizes(pl.Callback):
         data.view_size = self.sizes[max(begun)] if begun else data.image_size
 
 
+def trained_encoder(method: Method, data: ImageData) -> Encoder:
+    """The network that a method has trained, with the data's preprocessing and the identities that its labels named."""
+    seen = data.class_names[: data.num_classes] if method.uses_labels else []
+    return Encoder(
+        method.backbone,
+        method.embedding_head,
+        identities=method.identities | {identity_hash(label) for label in seen},
+        **data.preprocessing,  # type: ignore[arg-type]
+    )
+
+
 class SaveEncoder(pl.Callback):
     """Leave the trained encoder, with its preprocessing, in `encoder/` of the run folder.
 
@@ -143,11 +210,5 @@ class SaveEncoder(pl.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero or not isinstance(pl_module, Method) or not isinstance(data, ImageData):
             return
-        seen = data.class_names[: data.num_classes] if pl_module.uses_labels else []
-        encoder = Encoder(
-            pl_module.backbone,
-            pl_module.embedding_head,
-            identities=pl_module.identities | {identity_hash(label) for label in seen},
-            **data.preprocessing,  # type: ignore[arg-type]
-        )
+        encoder = trained_encoder(pl_module, data)
         encoder.save(self.folder or Path(trainer.default_root_dir) / "encoder")

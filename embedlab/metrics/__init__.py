@@ -1,45 +1,112 @@
 """Metrics: arrays in (NumPy or torch), Python floats or arrays out; pure functions without torch.
 
-retrieval       recall_at_k, precision_at_k, r_precision, map_at_r, mean_average_precision, knn_accuracy,
-                and several in one pass: retrieval_report
-verification    roc_auc, eer, tar_at_far, average_precision
-open set        fpir_fnir, detection_identification_rate
-classification  classification_report, confusion_matrix
-intervals       bootstrap_interval over identities, wilson_interval
+retrieval       recall_at_k, precision_at_k, r_precision, map_at_r, mean_average_precision, mean_reciprocal_rank,
+                ndcg_at_k, cmc, knn_accuracy, and several in one pass: retrieval_report
+verification    roc_auc, eer, tar_at_far, average_precision, roc_curve, det_curve, best_accuracy;
+                over all pairs of a set: verification_report
+open set        fpir_fnir, open_set_curve, detection_identification_rate, unknown_auroc, oscr
+classification  classification_report, multilabel_report, confusion_matrix, calibration_error
+segmentation    pixel_accuracy, mean_pixel_accuracy, mean_iou, dice, ods, ois
+clustering      clustering_report by k-means, normalized_mutual_information, adjusted_rand_index
+linear probe    linear_probe_accuracy, fit_linear_probe
+health          feature_std, effective_rank, alignment, uniformity, hubness (no labels needed)
+intervals       bootstrap_interval over identities, paired_interval of two encoders, wilson_interval
+several ranks   each_sample_once
 """
 
-from embedlab.metrics.classification import classification_report, confusion_matrix
-from embedlab.metrics.intervals import bootstrap_interval, wilson_interval
-from embedlab.metrics.open_set import detection_identification_rate, fpir_fnir
+from embedlab.metrics.classification import (
+    calibration_error,
+    classification_report,
+    confusion_matrix,
+    multilabel_report,
+)
+from embedlab.metrics.clustering import adjusted_rand_index, clustering_report, normalized_mutual_information
+from embedlab.metrics.health import alignment, effective_rank, feature_std, hubness, uniformity
+from embedlab.metrics.intervals import bootstrap_interval, paired_interval, wilson_interval
+from embedlab.metrics.open_set import (
+    detection_identification_rate,
+    fpir_fnir,
+    open_set_curve,
+    oscr,
+    unknown_auroc,
+)
+from embedlab.metrics.probes import LinearProbe, fit_linear_probe, linear_probe_accuracy
+from embedlab.metrics.ranks import each_sample_once
 from embedlab.metrics.retrieval import (
     RetrievalReport,
+    cmc,
     knn_accuracy,
     map_at_r,
     mean_average_precision,
+    mean_reciprocal_rank,
+    ndcg_at_k,
     precision_at_k,
     r_precision,
     recall_at_k,
     retrieval_report,
 )
-from embedlab.metrics.verification import average_precision, eer, roc_auc, tar_at_far
+from embedlab.metrics.segmentation import dice, mean_iou, mean_pixel_accuracy, ods, ois, pixel_accuracy
+from embedlab.metrics.verification import (
+    VerificationReport,
+    average_precision,
+    best_accuracy,
+    det_curve,
+    eer,
+    roc_auc,
+    roc_curve,
+    tar_at_far,
+    verification_report,
+)
 
 __all__ = [
+    "LinearProbe",
     "RetrievalReport",
+    "VerificationReport",
+    "adjusted_rand_index",
+    "alignment",
     "average_precision",
+    "best_accuracy",
     "bootstrap_interval",
+    "calibration_error",
     "classification_report",
+    "clustering_report",
+    "cmc",
     "confusion_matrix",
+    "det_curve",
     "detection_identification_rate",
+    "dice",
+    "each_sample_once",
     "eer",
+    "effective_rank",
+    "feature_std",
+    "fit_linear_probe",
     "fpir_fnir",
+    "hubness",
     "knn_accuracy",
+    "linear_probe_accuracy",
     "map_at_r",
     "mean_average_precision",
+    "mean_iou",
+    "mean_pixel_accuracy",
+    "mean_reciprocal_rank",
+    "multilabel_report",
+    "ndcg_at_k",
+    "normalized_mutual_information",
+    "ods",
+    "ois",
+    "open_set_curve",
+    "oscr",
+    "paired_interval",
+    "pixel_accuracy",
     "precision_at_k",
     "r_precision",
     "recall_at_k",
     "retrieval_report",
     "roc_auc",
+    "roc_curve",
     "tar_at_far",
+    "uniformity",
+    "unknown_auroc",
+    "verification_report",
     "wilson_interval",
 ]

@@ -1,10 +1,13 @@
 """The one engine behind every retrieval metric: where do the matches of a query stand in its ranking?
 
 Rankings are by cosine in float64, rounded to 12 decimals; ties go to the lower index. A float32 pass finds the
-candidates. Wherever it cannot tell two of them apart, float64 decides, and where it cannot tell what it left
-out from what it took, the whole row is ranked in float64. Memory is bounded by `BUDGET`, not by the number of pairs.
+candidates, on processors that multiply bfloat16 in hardware after a `Screen` that leaves out only what cannot be one.
+Wherever float32 cannot tell two candidates apart, float64 decides, and where it cannot tell what it left out from what
+it took, the whole row is ranked in float64. Memory is bounded by `BUDGET`, not by the number of pairs.
 """
 
+import hashlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +24,10 @@ PANEL = 1 << 16  # reference rows multiplied at a time
 CHUNK = 8192  # queries at a time, at most
 SLACK = 16  # candidates beyond those asked for, so that a tie at the cut rarely needs the whole row
 SHALLOW = 1024  # deeper rankings sort whole rows: faster from about here on
+STRIDE = 16  # columns that stand together when a threshold is sought
+GATHER = 1 << 20  # bytes of reference rows gathered at a time: more would leave the cache
+SCREEN_FROM = 4096  # reference rows below which a screen does not pay
+IMPORT_FROM = 1e13  # multiplications (half a minute in float32) from which torch is worth importing for the screen
 
 
 class Rows:
@@ -34,7 +41,7 @@ class Rows:
                 f"{self.values.dtype}; flatten images to (N, -1) first."
             )
         self.scale = np.empty(len(self.values))  # (N,) float64: 1 / norm
-        step = max(1, BUDGET // (8 * self.dim))
+        step = max(1, BUDGET // (32 * self.dim))
         for start in range(0, len(self), step):
             block = self.values[start : start + step].astype(np.float64)
             with np.errstate(over="ignore"):
@@ -58,7 +65,8 @@ class Rows:
 
     def unit(self, rows: Integers | slice) -> Floats:
         """Rows as float64 of norm 1, (n, D)."""
-        unit: Floats = self.values[rows].astype(np.float64) * self.scale[rows, None]
+        unit: Floats = self.values[rows].astype(np.float64)
+        unit *= self.scale[rows, None]
         return unit
 
 
@@ -68,6 +76,8 @@ class Search:
     def __init__(self, reference: Rows) -> None:
         self.reference = reference
         self._single: NDArray[np.float32] | None = None
+        self._screen: Screen | None = None
+        self._screens = len(reference) >= SCREEN_FROM  # until it turns out that a screen lets too much through
         # Worst case: a float32 dot product of D terms is off by at most D u, rounding its inputs adds 2 u (Higham
         # 2002, section 3.1; u = 2^-24), and an order compares two of them.
         self.tolerance = 2 * (reference.dim + 2) * 2.0**-24
@@ -75,7 +85,7 @@ class Search:
     def scores(self, query: Floats) -> Floats:
         """Cosines of unit queries (n, D) with the whole reference, (n, N) float64, rounded so that ties are ties."""
         scores = np.empty((len(query), len(self.reference)))
-        step = max(1, BUDGET // (8 * self.reference.dim))
+        step = max(1, BUDGET // (32 * self.reference.dim))
         for start in range(0, len(self.reference), step):
             block = slice(start, start + step)
             np.matmul(query, self.reference.unit(block).T, out=scores[:, block])
@@ -107,11 +117,14 @@ class Search:
         """The `count` largest float32 cosines of each query and whose they are, both (n, count), nearest first."""
         single = self._reference_in_single()
         found, ids = np.empty((len(query), count), dtype=np.float32), np.empty((len(query), count), dtype=np.int64)
+        left = np.arange(len(query))
+        if self._screens and STRIDE * 4 * count <= len(single):
+            left = self._screened(query, found, ids)
         width = min(PANEL, len(single))
         step = min(len(query), max(1, BUDGET // (4 * width)))
-        buffer = np.empty(step * width, dtype=np.float32)  # one for all: fresh memory costs as much as the product
-        for start in range(0, len(query), step):
-            rows = slice(start, start + step)
+        buffer = np.empty(step * width if len(left) else 0, dtype=np.float32)  # fresh memory costs as much as a product
+        for start in range(0, len(left), step):
+            rows = left[start : start + step]
             parts = []
             for first in range(0, len(single), width):
                 panel = single[first : first + width]
@@ -120,14 +133,48 @@ class Search:
                 best, place = _largest(np.matmul(part, panel.T, out=scores), count)
                 parts.append((best, place + first))
             best, place = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
-            order = np.argsort(-best, axis=1)[:, :count]
+            order = _top(best, count)
             found[rows], ids[rows] = np.take_along_axis(best, order, axis=1), np.take_along_axis(place, order, axis=1)
         return found, ids
+
+    def _screened(self, query: NDArray[np.float32], found: NDArray[np.float32], ids: Integers) -> Integers:
+        """Fill `found` and `ids` for all queries that a bfloat16 screen helps, and return the numbers of the others."""
+        if self._screen is None:
+            torch = _bfloat16_torch(len(query) * len(self.reference) * self.reference.dim)
+            self._screens = torch is not None
+            if torch is None:
+                return np.arange(len(query))
+            self._screen = Screen(torch, self._reference_in_single())
+        left = []
+        most = len(self.reference) // (2 * STRIDE)  # gathering more rows costs more than multiplying all of them
+        for rows, places in self._screen.pass_on(query, found.shape[1], most):
+            usable = rows[np.count_nonzero(places >= 0, axis=1) >= found.shape[1]]
+            left.append(np.setdiff1d(rows, usable))
+            if not len(usable):
+                continue
+            places = places[np.searchsorted(rows, usable)]
+            scores = self._among(query[usable], places)
+            order = _top(scores, found.shape[1])
+            found[usable], ids[usable] = (np.take_along_axis(part, order, axis=1) for part in (scores, places))
+        rest = np.concatenate(left)
+        self._screens = 2 * len(rest) <= len(query)
+        return rest
+
+    def _among(self, query: NDArray[np.float32], places: Integers) -> NDArray[np.float32]:
+        """float32 cosines of each query with its own reference rows `places` (n, c); -inf where a place is -1."""
+        single = self._reference_in_single()
+        scores = np.empty(places.shape, dtype=np.float32)
+        step = max(1, GATHER // (4 * single.shape[1] * max(1, places.shape[1])))
+        for start in range(0, len(places), step):
+            rows = slice(start, start + step)
+            np.einsum("nd,ncd->nc", query[rows], single[places[rows]], out=scores[rows])
+        scores[places < 0] = -np.inf
+        return scores
 
     def _reference_in_single(self) -> NDArray[np.float32]:
         if self._single is None:
             self._single = np.empty((len(self.reference), self.reference.dim), dtype=np.float32)
-            step = max(1, BUDGET // (8 * self.reference.dim))
+            step = max(1, BUDGET // (32 * self.reference.dim))
             for start in range(0, len(self.reference), step):
                 rows = slice(start, start + step)
                 self._single[rows] = self.reference.unit(rows)
@@ -142,7 +189,7 @@ class Search:
         run = np.hstack([edge, ~close]).cumsum(axis=1)[row, column]
         chosen = ids[row, column]
         exact = np.empty(len(row))
-        step = max(1, BUDGET // (16 * self.reference.dim))
+        step = max(1, BUDGET // (32 * self.reference.dim))
         for start in range(0, len(row), step):
             block = slice(start, start + step)
             exact[block] = np.einsum("nd,nd->n", query[row[block]], self.reference.unit(chosen[block]))
@@ -151,27 +198,168 @@ class Search:
         ids[row, column], scores[row, column] = chosen[order], exact[order]
 
 
+class Screen:
+    """A bfloat16 product that says which reference rows may be among the nearest, for certain.
+
+    The proof. Let x, y be unit vectors and x', y' their roundings to bfloat16, whose distances |x' - x| <= a and
+    |y' - y| <= b are measured. The product is accumulated in float32, and its result p is rounded to bfloat16, s:
+
+        |p - xy| <= |(x' - x) y'| + |x (y' - y)| + accumulation <= a (1 + b) + b + 2 D u (1 + a) (1 + b) =: e
+
+    (Cauchy-Schwarz; u = 2^-24; the 2 covers sums in any order with flushed subnormals, Higham 2002, section 3.1.) Let
+    t be such that `count` rows have s >= t. Rounding is monotone, so each of them has p >= m, the middle between t and
+    the bfloat16 below it, and xy >= m - e. So the true `count`-th nearest has xy >= m - e, whatever ties with it or
+    beats it has p >= m - 2 e and therefore s >= the largest bfloat16 that is not above m - 2 e. Nothing else is kept.
+    x and y themselves are float32 roundings of the float64 vectors: that is part of `Search.tolerance`, and
+    one more of it is added to e so that no candidate of the float32 pass is lost either.
+    """
+
+    def __init__(self, torch: Any, single: NDArray[np.float32]) -> None:
+        self.torch = torch
+        self.reference = torch.from_numpy(single).bfloat16()  # (N, D)
+        self.residual = max(  # b
+            float(self._residual(single[rows], self.reference[rows]).max())
+            for rows in (slice(start, start + CHUNK) for start in range(0, len(single), CHUNK))
+        )
+
+    def _residual(self, single: NDArray[np.float32], rounded: Any) -> Floats:
+        # by hand: a parallel region for few rows costs more than the work; exact: both lie close together (Sterbenz)
+        difference = _widened(rounded.view(self.torch.int16).numpy()) - single
+        # 1 + 1e-5: float32 sums of squares
+        residual: Floats = np.sqrt(np.einsum("nd,nd->n", difference, difference)).astype(np.float64) * (1 + 1e-5)
+        return residual
+
+    def pass_on(self, query: NDArray[np.float32], count: int, most: int) -> Iterator[tuple[Integers, Integers]]:
+        """For some queries at a time: their numbers (n,), and candidates (n, c) with -1 in between.
+
+        A query with more than `most` candidates, or whose nearest are not even at an acute angle, gets none.
+        """
+        total, dim = self.reference.shape
+        width = min(PANEL, total)
+        step = max(1, BUDGET // (4 * width))
+        buffer = self.torch.empty(min(step, len(query)) * width, dtype=self.torch.bfloat16)
+        rounded = self.torch.from_numpy(query).bfloat16()
+        own = self._residual(query, rounded)
+        slack = own * (1 + self.residual) + self.residual
+        slack += 4 * (dim + 2) * 2.0**-24 * (1 + own) * (1 + self.residual)
+        for start in range(0, len(query), step):
+            block = slice(start, start + step)
+            part = rounded[block]
+            threshold, refused = np.zeros(len(part), dtype=np.int16), np.zeros(len(part), dtype=np.bool_)
+            sizes = np.zeros(len(part), dtype=np.int64)
+            hits = []
+            for first in range(0, total, width):
+                panel = self.reference[first : first + width]
+                scores = buffer[: len(part) * len(panel)].view(len(part), len(panel))
+                self.torch.matmul(part, panel.T, out=scores)
+                # as integers, positive bfloat16 are in order and negative ones are below all of them
+                keys = scores.view(self.torch.int16).numpy()
+                np.maximum(threshold, _lower_bound(keys, count), out=threshold)
+                cut = _cut(threshold, slack[block])
+                refused |= cut <= 0
+                row, column = _passing(keys, cut, refused, most)
+                hits.append((row, column + first, keys[row, column]))
+                sizes += np.bincount(row, minlength=len(part))
+                refused |= sizes > 2 * most  # many panels with many hits each
+            row, column, key = (np.concatenate(side) for side in zip(*hits, strict=True))
+            order = np.flatnonzero(~refused[row])
+            order = order[np.argsort(row[order], kind="stable")]
+            places, found = (_padded(row[order], side[order], len(part)) for side in (column, key))
+            if places.shape[1] >= count:  # now that all panels are seen, the threshold itself
+                place = found.shape[1] - count
+                cut = _cut(np.partition(found, place, axis=1)[:, place], slack[block])
+                places[found < cut[:, None]] = -1
+            places[np.count_nonzero(places >= 0, axis=1) > most] = -1
+            yield np.arange(start, start + len(part)), places
+
+
+def _widened(keys: Array) -> NDArray[np.float32]:
+    """Patterns of bfloat16 as float32."""
+    return (keys.astype(np.int32) << 16).view(np.float32)
+
+
+def _lower_bound(scores: Array, count: int) -> Array:
+    """Of the `count`-th largest of each row of scores (n, N), (n,); nearly always close.
+
+    `count` sets of columns whose maxima reach it hold at least as many entries that do.
+    """
+    total = scores.shape[1]
+    sets = total // max(1, min(STRIDE, total // (4 * count)))  # four times as many: most of the largest stand alone
+    if sets < count:
+        lowest: Array = scores.min(axis=1)
+        return lowest
+    maxima = scores[:, : total // sets * sets].reshape(len(scores), -1, sets).max(axis=1)
+    bound: Array = np.partition(maxima, sets - count, axis=1)[:, sets - count]
+    return bound
+
+
+def _cut(threshold: NDArray[np.int16], slack: Floats) -> NDArray[np.int16]:
+    """The cut of `Screen`'s proof, 0 where it is not positive: patterns of bfloat16 as integers, (n,)."""
+    value, before = (_widened(np.maximum(threshold - less, 0)).astype(np.float64) for less in (0, 1))
+    cut = ((value + before) / 2 - 2 * slack).astype(np.float32)
+    # dropping the lower bits rounds towards zero; one more step for the rounding to float32
+    return np.where(cut > 0, (cut.view(np.int32) >> 16) - 1, 0).astype(np.int16)
+
+
+def _passing(
+    keys: NDArray[np.int16], cut: NDArray[np.int16], refused: Booleans, most: int
+) -> tuple[Integers, Integers]:
+    """Row and column of all entries that reach their row's cut; rows that let too many through become `refused`."""
+    mask = keys >= np.where(refused, np.iinfo(np.int16).max, cut)[:, None]
+    if np.count_nonzero(mask) > len(mask) * most:  # before their hits take memory
+        refused |= np.count_nonzero(mask, axis=1) > most
+        mask[refused] = False
+    hits = np.flatnonzero(mask)
+    row = hits // keys.shape[1]
+    return row, hits - row * keys.shape[1]
+
+
+def _padded(row: Integers, values: Array, rows: int) -> Array:
+    """(rows, c) values by row, which ascends; -1 behind the last of each."""
+    sizes = np.bincount(row, minlength=rows)
+    padded = np.full((rows, max(1, int(sizes.max()))), -1, dtype=values.dtype)
+    padded[row, np.arange(len(row)) - np.repeat(sizes.cumsum() - sizes, sizes)] = values
+    return padded
+
+
+def _bfloat16_torch(work: float) -> Any:
+    """The module torch, where it is loaded or worth loading and the processor multiplies bfloat16; else None."""
+    if "torch" not in sys.modules and work < IMPORT_FROM:
+        return None
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch if torch.cpu.get_capabilities().get("amx_bf16") else None
+
+
+def _top(scores: NDArray[np.float32], count: int) -> Integers:
+    """Columns (n, count) of the largest of each row of scores (n, c), largest first."""
+    total = scores.shape[1]
+    chosen = np.argpartition(scores, total - count, axis=1)[:, total - count :]
+    return np.take_along_axis(chosen, np.argsort(-np.take_along_axis(scores, chosen, axis=1), axis=1), axis=1)
+
+
 def _largest(scores: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], Integers]:
-    """The `count` largest of each row of scores (n, N), or all N if fewer, in no order, and their columns."""
+    """At least the `count` largest of each row of scores (n, N), or all N if fewer, in no order, and their columns.
+
+    What a row has fewer of than another is -inf.
+    """
     total = scores.shape[1]
     count = min(count, total)
-    # the threshold of a quarter of the columns lets about four times too many through, but is found four times sooner
-    sample = scores[:, : max(count, total // 4)]
-    threshold = np.partition(sample, sample.shape[1] - count, axis=1)[:, sample.shape[1] - count]
-    mask = scores >= threshold[:, None]
+    mask = scores >= _lower_bound(scores, count)[:, None]
     if 8 * np.count_nonzero(mask) > scores.size:  # a short row, or ties without end
         top = np.argpartition(scores, total - count, axis=1)[:, total - count :]
         return np.take_along_axis(scores, top, axis=1), top
     hits = np.flatnonzero(mask)
-    row = hits // total
-    sizes = np.bincount(row, minlength=len(scores))
+    sizes = np.count_nonzero(mask, axis=1)
+    row = np.repeat(np.arange(len(scores)), sizes)
     column = np.arange(len(hits)) - np.repeat(sizes.cumsum() - sizes, sizes)
     passed = np.full((len(scores), sizes.max()), -np.inf, dtype=np.float32)
     passed[row, column] = scores.ravel()[hits]
     ids = np.zeros(passed.shape, dtype=np.int64)
     ids[row, column] = hits - row * total
-    top = np.argpartition(passed, passed.shape[1] - count, axis=1)[:, passed.shape[1] - count :]
-    return np.take_along_axis(passed, top, axis=1), np.take_along_axis(ids, top, axis=1)
+    return passed, ids
 
 
 def _first(scores: Floats, count: int) -> tuple[Integers, Floats]:
@@ -271,17 +459,36 @@ class Problem:
         own = np.bincount(codes[: len(self.reference)], minlength=len(pairs))[codes[len(self.reference) :]]
         return total - own, candidates - excluded
 
-    def matches(self, depth: Integers) -> Iterator[Matches]:
-        """Find the matches of all queries, some queries at a time.
+    def digest(self, depth: Integers) -> str:
+        """BLAKE2b of all that decides the answer: vectors, labels, groups, depth."""
+        digest = hashlib.blake2b(digest_size=32)
+        parts = [self.query.values, self.query_codes, self.query_groups, depth]
+        if not self.leave_one_out:
+            parts += [self.reference.values, self.reference_codes, self.reference_groups]
+        for part in parts:
+            if part is None:
+                digest.update(b"none")
+                continue
+            digest.update(f"{part.dtype.str} {part.shape}".encode())
+            step = max(1, BUDGET * len(part) // max(1, part.nbytes))
+            for start in range(0, len(part), step):
+                digest.update(np.ascontiguousarray(part[start : start + step]).data)
+        return digest.hexdigest()
+
+    def matches(self, depth: Integers, done: int = 0) -> Iterator[Matches]:
+        """Find the matches of all queries, some queries at a time, in an order that only the inputs decide.
 
         Args:
             depth: (Q,) how many places of each query's ranking are wanted.
+            done: How many queries of that order to leave out.
         """
         depth = np.minimum(depth, self.candidates)
         want = depth + len(self.reference) - self.candidates  # those excluded may stand anywhere before
         order = np.argsort(want, kind="stable")  # queries of like depth together: a deep one costs only itself
-        with tqdm(total=len(order), desc="ranking", unit="query", delay=3, leave=False, disable=None) as bar:
-            start = 0
+        with tqdm(
+            total=len(order), initial=done, desc="ranking", unit="query", delay=3, leave=False, disable=None
+        ) as bar:
+            start = done
             while start < len(order):
                 ahead = order[start : start + CHUNK]
                 if want[ahead[0]] > SHALLOW:

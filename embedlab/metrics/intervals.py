@@ -63,6 +63,39 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def paired_interval(
+    first: Any, second: Any, identities: Any, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Interval of the mean difference first - second between two encoders on the same samples, over identities.
+
+    What both find easy or hard cancels, so that this is far narrower than two separate intervals suggest. An interval
+    that does not hold 0 says that the encoders differ.
+
+    Args:
+        first: (N,) one value per sample, such as `RetrievalReport.per_query`.
+        second: (N,) the same samples in the same order, by the other encoder. A sample that is NaN in either is left
+            out.
+        identities: (N,) whose sample it is.
+        confidence: See `bootstrap_interval`, as for the other arguments.
+        resamples: How many means are taken.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: As `bootstrap_interval`, and for two lengths.
+
+    Example:
+        >>> paired_interval([1, 1, 1, 0], [1, 0, 1, 0], ["ann", "ann", "bob", "bob"])
+        (0.0, 0.5)
+    """
+    ours, theirs = as_array(first).astype(np.float64), as_array(second).astype(np.float64)
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"first and second must be about the same samples, got shapes {ours.shape} and {theirs.shape}: "
+            "two different test sets?"
+        )
+    return bootstrap_interval(ours - theirs, identities, confidence=confidence, resamples=resamples, seed=seed)
+
+
 def wilson_interval(successes: float, trials: float, *, confidence: float = 0.95) -> tuple[float, float]:
     """Score interval of a share, Wilson 1927 (https://doi.org/10.1080/01621459.1927.10502953).
 

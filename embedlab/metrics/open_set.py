@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from embedlab.metrics._arrays import Booleans, Floats, as_array, as_flags, as_scores
+from embedlab.metrics.verification import roc_auc
 
 
 def fpir_fnir(scores: Any, correct: Any, known: Any, threshold: Any) -> tuple[float, float] | tuple[Floats, Floats]:
@@ -41,6 +42,76 @@ def fpir_fnir(scores: Any, correct: Any, known: Any, threshold: Any) -> tuple[fl
     fpir = _at_least(stranger, thresholds) / len(stranger)
     fnir = (enrolled - _at_least(identified, thresholds)) / enrolled
     return (float(fpir), float(fnir)) if thresholds.ndim == 0 else (fpir, fnir)
+
+
+def open_set_curve(scores: Any, correct: Any, known: Any) -> tuple[Floats, Floats, Floats]:
+    """FPIR and FNIR at every threshold that makes a difference: the open-set DET curve.
+
+    Args:
+        scores: (N,) best score of each probe, larger is nearer.
+        correct: (N,) true where the best identity is the probe's own; ignored for strangers.
+        known: (N,) true where the probe's identity is enrolled.
+
+    Returns:
+        FPIR, FNIR and threshold, (T,) each, from infinity (nobody is accepted) down to the lowest score.
+
+    Raises:
+        ValueError: As `fpir_fnir`.
+
+    Example:
+        >>> fpir, fnir, threshold = open_set_curve([0.9, 0.7, 0.2], [1, 0, 1], [1, 0, 1])
+        >>> fpir.tolist(), fnir.tolist(), threshold.tolist()
+        ([0.0, 0.0, 1.0, 1.0], [1.0, 0.5, 0.5, 0.0], [inf, 0.9, 0.7, 0.2])
+    """
+    thresholds = np.append(np.inf, np.unique(as_scores(scores, "scores"))[::-1])
+    fpir, fnir = fpir_fnir(scores, correct, known, thresholds)
+    return np.asarray(fpir), np.asarray(fnir), thresholds
+
+
+def unknown_auroc(scores: Any, known: Any) -> float:
+    """Probability that an enrolled probe scores above a stranger, ties counting half; who it is taken for is ignored.
+
+    Args:
+        scores: (N,) best score of each probe, larger is nearer.
+        known: (N,) true where the probe's identity is enrolled.
+
+    Raises:
+        ValueError: NaN scores, or only one kind of probe.
+
+    Example:
+        >>> unknown_auroc([0.9, 0.6, 0.7, 0.2], [1, 1, 0, 0])
+        0.75
+    """
+    best = as_scores(scores, "scores")
+    return roc_auc(best, as_flags(known, "known", len(best)))
+
+
+def oscr(scores: Any, correct: Any, known: Any) -> float:
+    """Area under the open-set classification rate, Dhamija et al. 2018, eq. 5 (https://arxiv.org/abs/1811.04110).
+
+    The curve is the share of enrolled probes that are accepted and named rightly, over the share of strangers accepted,
+    as the threshold falls; straight between its points. So the area is at most the closed-set accuracy, and that times
+    the AUROC of the rightly named against the strangers.
+
+    Args:
+        scores: (N,) best score of each probe, larger is nearer.
+        correct: (N,) true where the best identity is the probe's own; ignored for strangers.
+        known: (N,) true where the probe's identity is enrolled.
+
+    Raises:
+        ValueError: NaN scores, no stranger, or no enrolled probe.
+
+    Example:
+        >>> oscr([0.9, 0.8, 0.7, 0.2], [True, False, False, False], [True, True, False, False])
+        0.5
+    """
+    stranger, identified, enrolled = _searches(scores, correct, known)
+    if not len(stranger) or not enrolled:
+        raise ValueError(
+            f"oscr needs probes of enrolled identities and of strangers, got {enrolled} and {len(stranger)}."
+        )
+    below = np.searchsorted(stranger, identified, side="left") + np.searchsorted(stranger, identified, side="right")
+    return float(below.sum(dtype=np.int64) / (2 * len(stranger) * enrolled))
 
 
 def detection_identification_rate(

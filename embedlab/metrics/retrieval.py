@@ -7,11 +7,13 @@ All functions rank by cosine (vectors may have any norm) and share one signature
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from embedlab.metrics._arrays import Floats, Integers
+from embedlab.metrics._progress import Progress
 from embedlab.metrics._ranking import BUDGET, Matches, Problem
 
 Empty = Literal["skip", "zero", "error"]
@@ -50,6 +52,7 @@ def retrieval_report(
     k: Sequence[int] = (1, 5, 10),
     empty: Empty = "skip",
     groups: Any = None,
+    state: str | Path | None = None,
 ) -> RetrievalReport:
     """Compute recall at each k, R-precision and MAP@R in one pass over the neighbours.
 
@@ -61,9 +64,11 @@ def retrieval_report(
         k: Depths of recall@k.
         empty: See `recall_at_k`.
         groups: See `recall_at_k`.
+        state: File that keeps the progress of hours of ranking, written about once a minute and when all is done. A
+            call with the same inputs goes on from there.
 
     Raises:
-        ValueError: See `recall_at_k`.
+        ValueError: See `recall_at_k`; a state file of other inputs, or a damaged one.
 
     Example:
         >>> report = retrieval_report([[1, 0], [9, 1], [0, 1], [1, 9]], ["a", "a", "b", "b"], k=[1])
@@ -76,7 +81,7 @@ def retrieval_report(
         f"recall_at_{depth}": partial(_recall, k=depth) for depth in depths
     }
     measures |= {"r_precision": _r_precision, "map_at_r": _map_at_r}
-    per_query = _measure(problem, measures, np.maximum(problem.total, max(depths, default=1)), empty)
+    per_query = _measure(problem, measures, np.maximum(problem.total, max(depths, default=1)), empty, state)
     return RetrievalReport(
         values={name: _mean(values) for name, values in per_query.items()},
         per_query=per_query,
@@ -250,6 +255,115 @@ def mean_average_precision(
     return _single(problem, partial(_average_precision, k=depth), np.full(len(problem.query), depth), empty)
 
 
+def mean_reciprocal_rank(
+    query: Any,
+    query_labels: Any,
+    reference: Any = None,
+    reference_labels: Any = None,
+    *,
+    k: int | None = None,
+    empty: Empty = "skip",
+    groups: Any = None,
+) -> float:
+    """Mean over queries of 1 / the place of the first match.
+
+    Args:
+        query: See `recall_at_k`, as for the other arguments.
+        query_labels: (Q,) labels.
+        reference: (N, D) vectors, or None for leave-one-out.
+        reference_labels: (N,) labels of the reference.
+        k: None ranks the whole reference. With a number, a first match beyond place k counts 0 (MRR@k).
+        empty: What becomes of a query without a match.
+        groups: Candidates of the query's own group are left out.
+
+    Raises:
+        ValueError: As `recall_at_k`.
+
+    Example:
+        >>> mean_reciprocal_rank([[1, 0]], ["a"], [[9, 1], [9, 2], [0, 1]], ["b", "a", "a"])
+        0.5
+    """
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    depth = len(problem.reference) if k is None else _checked_depth(k, "mean_reciprocal_rank")
+    return _single(problem, _reciprocal_rank, np.full(len(problem.query), depth), empty)
+
+
+def ndcg_at_k(
+    query: Any,
+    query_labels: Any,
+    reference: Any = None,
+    reference_labels: Any = None,
+    *,
+    k: int | None = None,
+    empty: Empty = "skip",
+    groups: Any = None,
+) -> float:
+    """Normalised discounted cumulative gain, Jarvelin and Kekalainen 2002, with a match as gain 1.
+
+    The sum of 1 / log2(1 + place) over the matches in the first k places, divided by what the best order would give.
+
+    Args:
+        query: See `recall_at_k`, as for the other arguments.
+        query_labels: (Q,) labels.
+        reference: (N, D) vectors, or None for leave-one-out.
+        reference_labels: (N,) labels of the reference.
+        k: How many places count; None is all of them.
+        empty: What becomes of a query without a match.
+        groups: Candidates of the query's own group are left out.
+
+    Raises:
+        ValueError: As `recall_at_k`.
+
+    Example:
+        >>> round(ndcg_at_k([[1, 0]], ["a"], [[9, 1], [9, 2], [0, 1]], ["b", "a", "b"]), 4)
+        0.6309
+    """
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    depth = len(problem.reference) if k is None else _checked_depth(k, "ndcg_at_k")
+    depth = min(depth, len(problem.reference))
+    return _single(problem, partial(_ndcg, k=depth), np.full(len(problem.query), depth), empty)
+
+
+def cmc(
+    query: Any,
+    query_labels: Any,
+    reference: Any = None,
+    reference_labels: Any = None,
+    *,
+    k: int = 20,
+    empty: Empty = "skip",
+    groups: Any = None,
+) -> Floats:
+    """Cumulative match characteristic: recall@1, recall@2, ..., recall@k in one pass.
+
+    Args:
+        query: See `recall_at_k`, as for the other arguments.
+        query_labels: (Q,) labels.
+        reference: (N, D) vectors, or None for leave-one-out.
+        reference_labels: (N,) labels of the reference.
+        k: The last rank of the curve.
+        empty: What becomes of a query without a match.
+        groups: Candidates of the query's own group are left out.
+
+    Returns:
+        (k,) shares of queries whose first match stands at place 1, 2, ..., k or before.
+
+    Raises:
+        ValueError: As `recall_at_k`.
+
+    Example:
+        >>> cmc([[1, 0]], ["a"], [[9, 1], [9, 2], [0, 1]], ["b", "a", "a"], k=3).tolist()
+        [0.0, 1.0, 1.0]
+    """
+    k = _checked_depth(k, "cmc")
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    inverse = _measure(problem, {"value": _reciprocal_rank}, np.full(len(problem.query), k), empty)["value"]
+    counted = inverse[~np.isnan(inverse)]
+    places = np.rint(1 / counted[counted > 0]).astype(np.int64)
+    curve: Floats = np.bincount(places, minlength=k + 1)[1:].cumsum() / len(counted)
+    return curve
+
+
 def knn_accuracy(
     train: Any,
     train_labels: Any,
@@ -334,14 +448,33 @@ def _average_precision(found: Matches, k: int) -> Floats:
     return found.sum(counted * found.order / found.rank) / np.clip(found.total, 1, k)
 
 
+def _reciprocal_rank(found: Matches) -> Floats:
+    first = found.order == 1
+    return found.sum(first / found.rank)
+
+
+def _ndcg(found: Matches, k: int) -> Floats:
+    discounts = 1 / np.log2(np.arange(2, k + 2))
+    best = np.append(0, discounts.cumsum())[np.clip(found.total, 0, k)]
+    gained = np.where(found.rank <= k, discounts[np.minimum(found.rank, k) - 1], 0)
+    return found.sum(gained) / np.where(best > 0, best, 1)
+
+
 def _measure(
-    problem: Problem, measures: dict[str, Callable[[Matches], Floats]], depth: Integers, empty: Empty
+    problem: Problem,
+    measures: dict[str, Callable[[Matches], Floats]],
+    depth: Integers,
+    empty: Empty,
+    state: str | Path | None = None,
 ) -> dict[str, Floats]:
     """Evaluate per-query measures while streaming over the matches; (Q,) each, NaN for a skipped query."""
     values = {name: np.empty(len(problem.query)) for name in measures}
-    for found in problem.matches(depth):
+    progress = None if state is None else Progress(Path(state), values, problem.digest(depth))
+    for found in problem.matches(depth, 0 if progress is None else progress.done):
         for name, measure in measures.items():
             values[name][found.queries] = measure(found)
+        if progress is not None:
+            progress.advance(len(found.queries))
     if empty == "skip":
         for per_query in values.values():
             per_query[problem.total == 0] = np.nan

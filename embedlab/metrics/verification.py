@@ -1,10 +1,16 @@
-"""Verification and ranking by a score: are these two the same? `f(scores, same)`, a larger score means more alike."""
+"""Verification and ranking by a score: are these two the same? `f(scores, same)`, a larger score means more alike.
 
+`verification_report(embeddings, labels)` compares all pairs of a set, without ever holding them.
+"""
+
+from dataclasses import asdict, dataclass
 from typing import Any, overload
 
 import numpy as np
 
-from embedlab.metrics._arrays import Floats, Integers, as_array, as_flags, as_scores
+from embedlab.metrics._arrays import Array, Floats, Integers, as_array, as_flags, as_labels, as_scores
+from embedlab.metrics._pairs import count_pairs
+from embedlab.metrics._ranking import Rows
 
 
 def roc_auc(scores: Any, same: Any) -> float:
@@ -44,16 +50,112 @@ def eer(scores: Any, same: Any) -> float:
         >>> eer([0.9, 0.8, 0.3, 0.4, 0.2, 0.1], [1, 1, 1, 0, 0, 0])
         0.3333333333333333
     """
-    genuine, impostor = _split(scores, same, "eer")
-    false_accepts, accepts = _operating_points(genuine, impostor)
-    false_accept_rate = false_accepts / len(impostor)
-    false_reject_rate = 1 - accepts / len(genuine)
-    after = int((false_reject_rate <= false_accept_rate).argmax())  # never 0: the first point rejects everyone
-    before = after - 1
-    gap_before = false_reject_rate[before] - false_accept_rate[before]
-    gap_after = false_reject_rate[after] - false_accept_rate[after]
-    way = gap_before / (gap_before - gap_after)
-    return float(false_accept_rate[before] + way * (false_accept_rate[after] - false_accept_rate[before]))
+    _, false_accepts, accepts = _operating_points(*_split(scores, same, "eer"))
+    return _equal_errors(false_accepts, accepts)
+
+
+def roc_curve(scores: Any, same: Any) -> tuple[Floats, Floats, Floats]:
+    """Every operating point of a verifier: what the ROC curve is drawn through, straight between the points.
+
+    Args:
+        scores: (N,) numbers, larger is more alike.
+        same: (N,) true for a genuine pair.
+
+    Returns:
+        False accept rate, true accept rate and threshold (accepted is score >= threshold), (T,) each; the first point
+        accepts nobody and has threshold infinity, the last accepts everybody.
+
+    Raises:
+        ValueError: NaN scores, or only one kind of pair.
+
+    Example:
+        >>> far, tar, threshold = roc_curve([0.9, 0.8, 0.3], [True, False, True])
+        >>> far.tolist(), tar.tolist(), threshold.tolist()
+        ([0.0, 0.0, 1.0, 1.0], [0.0, 0.5, 0.5, 1.0], [inf, 0.9, 0.8, 0.3])
+    """
+    genuine, impostor = _split(scores, same, "roc_curve")
+    thresholds, false_accepts, accepts = _operating_points(genuine, impostor)
+    return false_accepts / len(impostor), accepts / len(genuine), thresholds
+
+
+def det_curve(scores: Any, same: Any) -> tuple[Floats, Floats, Floats]:
+    """Detection error trade-off (ISO/IEC 19795-1): the operating points of `roc_curve` as two errors.
+
+    Args:
+        scores: (N,) numbers, larger is more alike.
+        same: (N,) true for a genuine pair.
+
+    Returns:
+        False accept rate, false reject rate and threshold, (T,) each, as of `roc_curve`; both rates are usually drawn
+        on a logarithmic or a normal-quantile scale.
+
+    Raises:
+        ValueError: NaN scores, or only one kind of pair.
+    """
+    genuine, impostor = _split(scores, same, "det_curve")
+    thresholds, false_accepts, accepts = _operating_points(genuine, impostor)
+    return false_accepts / len(impostor), (len(genuine) - accepts) / len(genuine), thresholds
+
+
+def best_accuracy(scores: Any, same: Any, *, folds: Any = 10) -> tuple[float, float]:
+    """Accuracy at the best threshold, chosen without the pairs it is measured on: the protocol of LFW.
+
+    Each fold is decided at the threshold that is most accurate on all other folds: in the middle between the two
+    neighbouring scores, at the higher threshold if several are equally good (Huang et al. 2007, "view 2",
+    http://vis-www.cs.umass.edu/lfw/).
+
+    Args:
+        scores: (N,) numbers, larger is more alike.
+        same: (N,) true for a genuine pair.
+        folds: (N,) the number of each pair's fold, or how many folds: then genuine and impostor pairs are each cut
+            into that many runs of their order, which gives LFW's folds for LFW's list. No person should be in two.
+
+    Returns:
+        The mean over folds, and its standard error (sample deviation over the root of the number of folds).
+
+    Raises:
+        ValueError: NaN scores, or a number of folds below 2 or above what the pairs allow.
+
+    Example:
+        >>> best_accuracy([0.9, 0.8, 0.2, 0.1], [1, 1, 0, 0], folds=2)
+        (1.0, 0.0)
+    """
+    checked, flags = _checked(scores, same, "same")
+    parts = _folds(folds, flags)
+    accuracies = []
+    for fold in np.unique(parts):
+        held = parts == fold
+        threshold = _most_accurate(*_split(checked[~held], flags[~held], "best_accuracy"))
+        accuracies.append(((checked[held] >= threshold) == flags[held]).mean())
+    return float(np.mean(accuracies)), float(np.std(accuracies, ddof=1) / len(accuracies) ** 0.5)
+
+
+def _folds(folds: Any, flags: Any) -> Integers:
+    """(N,) fold of each pair."""
+    given = as_array(folds)
+    if given.ndim:
+        parts = as_labels(folds, "folds", len(flags))
+        count = len(np.unique(parts))
+    else:
+        count = int(given)
+        parts = np.empty(len(flags), dtype=np.int64)
+        for kind in (flags, ~flags):
+            parts[kind] = np.arange(kind.sum()) * count // max(1, kind.sum())
+    if not 2 <= count <= min(flags.sum(), (~flags).sum()):
+        raise ValueError(
+            f"best_accuracy needs at least 2 folds and in each a genuine and an impostor pair, got {count} folds for "
+            f"{int(flags.sum())} genuine and {int((~flags).sum())} impostor pairs."
+        )
+    return parts
+
+
+def _most_accurate(genuine: Floats, impostor: Floats) -> float:
+    thresholds, false_accepts, accepts = _operating_points(genuine, impostor)
+    best = int((accepts - false_accepts).argmax())
+    if best == 0:
+        return float("inf")
+    lower = thresholds[best + 1] if best + 1 < len(thresholds) else thresholds[best]
+    return float(thresholds[best] / 2 + lower / 2)
 
 
 @overload
@@ -78,19 +180,91 @@ def tar_at_far(scores: Any, same: Any, far: Any) -> float | Floats:
         1.0
     """
     genuine, impostor = _split(scores, same, "tar_at_far")
-    targets = as_array(far).astype(np.float64)
-    if not ((targets > 0) & (targets <= 1)).all():
-        raise ValueError(f"tar_at_far needs far in (0, 1], got {far}; it is a share, not a percentage.")
-    if targets.size and targets.min() * len(impostor) < 1 - 1e-9:
-        raise ValueError(
-            f"far={targets.min():g} cannot be measured on {len(impostor)} impostor pairs: even one false accept is "
-            f"more than that. Use far >= {1 / len(impostor):g}, or more pairs (all pairs of the set, not a sample)."
-        )
-    false_accepts, accepts = _operating_points(genuine, impostor)
-    # 1e-9: far = 0.07 on 100 impostors must allow 7, and 0.07 * 100 is 7.000000000000001 or 6.999999999999999
-    place = np.searchsorted(false_accepts, np.floor(targets * len(impostor) + 1e-9), side="right") - 1
-    rates: Floats = accepts[place] / len(genuine)
+    targets = _checked_targets(far, len(impostor), "tar_at_far")
+    _, false_accepts, accepts = _operating_points(genuine, impostor)
+    rates: Floats = accepts[_last_within(targets, false_accepts)] / len(genuine)
     return float(rates) if rates.ndim == 0 else rates
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """Verification over all pairs of a set.
+
+    Args:
+        auc: Area under the ROC curve.
+        eer: Equal error rate.
+        far: False accept rates asked for.
+        tar: True accept rate at each.
+        threshold: Lowest cosine accepted at each; infinite where no genuine pair is.
+        genuine: Genuine pairs compared.
+        impostors: Impostor pairs compared.
+        resolution: Cosines closer than this are one: 1e-12, or 1e-6 where there are too many genuine pairs to hold.
+    """
+
+    auc: float
+    eer: float
+    far: tuple[float, ...]
+    tar: tuple[float, ...]
+    threshold: tuple[float, ...]
+    genuine: int
+    impostors: int
+    resolution: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into a JSON document."""
+        return asdict(self)
+
+
+def verification_report(embeddings: Any, labels: Any, *, far: Any = None, groups: Any = None) -> VerificationReport:
+    """AUC, equal error rate and TAR@FAR over all N (N - 1) / 2 pairs of a set, in bounded memory.
+
+    What `roc_auc`, `eer` and `tar_at_far` say of the list of all cosines, without the list: the genuine pairs are few
+    and are sorted; the impostor pairs stream by and are counted between them, which fixes the whole ROC curve. Cosines
+    are in float64.
+
+    Args:
+        embeddings: (N, D) vectors of any norm, NumPy or torch.
+        labels: (N,) integers or strings; a pair of one label is genuine.
+        far: False accept rates in (0, 1]; None takes 0.1, 0.01, ... as long as they allow 10 impostor pairs.
+        groups: (N,) pairs within a group are left out (frames of one track).
+
+    Raises:
+        ValueError: Shapes or labels that do not fit, a NaN or zero vector, only one kind of pair, a `far` below one
+            impostor pair in all there are.
+
+    Example:
+        >>> report = verification_report([[1, 0], [9, 1], [0, 1], [1, 9]], ["a", "a", "b", "b"], far=0.25)
+        >>> report.auc, report.eer, report.tar, report.impostors
+        (1.0, 0.0, (1.0,), 4)
+    """
+    rows = Rows(embeddings, "embeddings")
+    codes = _codes(labels, "labels", len(rows))
+    counts = count_pairs(rows, codes, None if groups is None else _codes(groups, "groups", len(rows)))
+    genuine, impostors = int(counts.genuine.sum()), int(counts.below[-1])
+    if not genuine or not impostors:
+        raise ValueError(
+            f"verification_report compares genuine with impostor pairs and needs both, got {genuine} genuine and "
+            f"{impostors} impostors: a set of one class, a set of classes of one, or groups that exclude the rest?"
+        )
+    if far is None:
+        far = [10.0**-power for power in range(1, 16) if 10.0**-power * impostors >= 10]
+    targets = np.atleast_1d(_checked_targets(far, impostors, "verification_report"))
+    # two points per level: what lies above it is accepted; and what lies on it, too
+    accepts = np.repeat(np.append(0, counts.genuine[::-1].cumsum()), 2)
+    false_accepts = np.append(impostors - counts.below[::-1], impostors)
+    place = _last_within(targets, false_accepts)
+    # points 2 i and 2 i + 1 have accepted i levels
+    levels = np.append(np.inf, counts.levels[::-1])
+    return VerificationReport(
+        auc=_area(false_accepts, accepts),
+        eer=_equal_errors(false_accepts, accepts),
+        far=tuple(targets.tolist()),
+        tar=tuple((accepts[place] / genuine).tolist()),
+        threshold=tuple(levels[place // 2].tolist()),
+        genuine=genuine,
+        impostors=impostors,
+        resolution=counts.resolution,
+    )
 
 
 def average_precision(scores: Any, positive: Any) -> float:
@@ -110,7 +284,7 @@ def average_precision(scores: Any, positive: Any) -> float:
     ordered, flags = _checked(scores, positive, "positive")
     if not flags.any():
         raise ValueError(f"average_precision is undefined without a positive, got {len(flags)} negatives only.")
-    false_positives, hits = _operating_points(np.sort(ordered[flags]), np.sort(ordered[~flags]))
+    _, false_positives, hits = _operating_points(np.sort(ordered[flags]), np.sort(ordered[~flags]))
     hits, false_positives = hits[1:], false_positives[1:]  # the first point has accepted nobody
     precision = hits / (hits + false_positives)
     return float((np.diff(hits, prepend=0) * precision).sum() / flags.sum())
@@ -132,7 +306,46 @@ def _split(scores: Any, same: Any, name: str) -> tuple[Floats, Floats]:
     return np.sort(checked[flags]), np.sort(checked[~flags])
 
 
-def _operating_points(genuine: Floats, impostor: Floats) -> tuple[Integers, Integers]:
+def _codes(labels: Any, name: str, rows: int) -> Integers:
+    return np.unique(as_labels(labels, name, rows), return_inverse=True)[1].astype(np.int64)
+
+
+def _checked_targets(far: Any, impostors: int, name: str) -> Floats:
+    targets = as_array(far).astype(np.float64)
+    if not ((targets > 0) & (targets <= 1)).all():
+        raise ValueError(f"{name} needs far in (0, 1], got {far}; it is a share, not a percentage.")
+    if targets.size and targets.min() * impostors < 1 - 1e-9:
+        raise ValueError(
+            f"far={targets.min():g} cannot be measured on {impostors} impostor pairs: even one false accept is "
+            f"more than that. Use far >= {1 / impostors:g}, or more pairs (all pairs of the set, not a sample)."
+        )
+    return targets
+
+
+def _last_within(targets: Floats, false_accepts: Integers) -> Array:
+    """The most lenient operating point that keeps to each target."""
+    # 1e-9: far = 0.07 on 100 impostors must allow 7, and 0.07 * 100 is 7.000000000000001 or 6.999999999999999
+    return np.asarray(np.searchsorted(false_accepts, np.floor(targets * false_accepts[-1] + 1e-9), side="right") - 1)
+
+
+def _equal_errors(false_accepts: Integers, accepts: Integers) -> float:
+    false_accept_rate = false_accepts / false_accepts[-1]
+    false_reject_rate = 1 - accepts / accepts[-1]
+    after = int((false_reject_rate <= false_accept_rate).argmax())  # never 0: the first point rejects everyone
+    before = after - 1
+    gap_before = false_reject_rate[before] - false_accept_rate[before]
+    gap_after = false_reject_rate[after] - false_accept_rate[after]
+    way = gap_before / (gap_before - gap_after)
+    return float(false_accept_rate[before] + way * (false_accept_rate[after] - false_accept_rate[before]))
+
+
+def _area(false_accepts: Integers, accepts: Integers) -> float:
+    """Under the curve that is straight between operating points; float64 because the products pass 2^63."""
+    heights = (accepts[1:] + accepts[:-1]) / 2
+    return float((np.diff(false_accepts) * heights).sum() / (float(false_accepts[-1]) * float(accepts[-1])))
+
+
+def _operating_points(genuine: Floats, impostor: Floats) -> tuple[Floats, Integers, Integers]:
     """Impostors and genuine accepted at each threshold from above the largest score down to the smallest.
 
     Args:
@@ -140,8 +353,9 @@ def _operating_points(genuine: Floats, impostor: Floats) -> tuple[Integers, Inte
         impostor: Ascending scores.
 
     Returns:
-        Two arrays of counts, both starting at 0, one entry more than there are distinct scores.
+        The thresholds from infinity down, and two arrays of counts starting at 0, one entry more than there are
+        distinct scores.
     """
     thresholds = np.unique(np.concatenate([genuine, impostor]))[::-1]
     accepted = [len(side) - np.searchsorted(side, thresholds, side="left") for side in (impostor, genuine)]
-    return np.append(0, accepted[0]), np.append(0, accepted[1])
+    return np.append(np.inf, thresholds), np.append(0, accepted[0]), np.append(0, accepted[1])

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from embedlab.retrieval.calibration import calibrate_threshold as calibrate_threshold
     from embedlab.retrieval.embedders import CallableEmbedder as CallableEmbedder
     from embedlab.retrieval.embedders import Embedder as Embedder
+    from embedlab.retrieval.embedders import OnnxEmbedder as OnnxEmbedder
     from embedlab.retrieval.embeddings import read_embeddings as read_embeddings
     from embedlab.retrieval.embeddings import read_protocol as read_protocol
     from embedlab.retrieval.embeddings import read_vectors as read_vectors
@@ -29,7 +30,7 @@ __getattr__ = lazy_names(
     {
         ".answers": ["CheckReport", "Identification", "Verification"],
         ".calibration": ["Calibration", "CalibrationError", "calibrate_threshold"],
-        ".embedders": ["CallableEmbedder", "Embedder"],
+        ".embedders": ["CallableEmbedder", "Embedder", "OnnxEmbedder"],
         ".embeddings": ["read_embeddings", "read_protocol", "read_vectors", "write_embeddings"],
         ".gallery": ["Gallery"],
         ".open_set": ["OpenSetReport", "evaluate_gallery"],

@@ -16,11 +16,13 @@ class Identification:
 
     Args:
         label: The identity, or None for unknown (and always before calibration).
-        score: Fused score of the best identity, NaN in an empty gallery.
+        score: Fused (and normalised) score of the best identity, NaN in an empty gallery.
         threshold: What the score had to reach; None before calibration.
         calibrated: Whether the gallery has a threshold. False means that `label` None is no decision.
-        neighbours: The nearest templates, one row, nearest first.
+        neighbours: The nearest templates by cosine, one row, nearest first.
         best: The identity that `score` belongs to, accepted or not; None in an empty gallery.
+        verified: Whether all templates had been compared with their digests by then; see `Gallery.open`.
+        stale: Whether the gallery has outgrown its calibration, so that strangers are let in more often than promised.
     """
 
     label: str | None
@@ -29,6 +31,8 @@ class Identification:
     calibrated: bool
     neighbours: Neighbours
     best: str | None
+    verified: bool = True
+    stale: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON knows it; neighbours as a list of id, label and score."""
@@ -41,6 +45,8 @@ class Identification:
             "score": _number(self.score),
             "threshold": self.threshold,
             "calibrated": self.calibrated,
+            "verified": self.verified,
+            "stale": self.stale,
             "neighbours": [{"id": key, "label": label, "score": score} for key, label, score in near if key >= 0],
         }
 
@@ -54,12 +60,14 @@ class Verification:
         score: Fused score against the claimed identity.
         threshold: What the score had to reach; None before calibration.
         label: The claim.
+        stale: Whether the gallery has outgrown its calibration.
     """
 
     accepted: bool | None
     score: float
     threshold: float | None
     label: str
+    stale: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON knows it."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-from scipy.special import betaincinv
+from scipy.special import betaincinv, ndtri
 
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+MOST_GROWTH = 3.0  # times the present number of identities
+SMALLEST_TO_GROW = 16  # identities: two in each eighth of the gallery
+BOOTSTRAPS = 200
+CURVE_POINTS = 100
 
 
 class CalibrationError(ValueError):
@@ -40,6 +45,12 @@ class Calibration:
         fmr_bound: Upper confidence bound of that rate.
         fmr_observed: The rate on the calibration strangers.
         true_accept_rate: Share of the genuine images accepted as who they are; None without any.
+        growth: The promise holds for a gallery of up to so many times `gallery_identities`.
+        source: "strangers", or "leave-identity-out": every enrolled identity has played the stranger to the others.
+        sub_galleries: (identities, threshold at which strangers are let in at the rate `fpir`, rate at `threshold`)
+            of random sub-galleries of an eighth, a quarter, a half, and of the whole; empty in a tiny gallery.
+        curve: The operating curve, (threshold, observed, bound, detection rate or None) from the highest threshold
+            down, at most 100 points.
     """
 
     threshold: float
@@ -60,6 +71,14 @@ class Calibration:
     fmr_bound: float | None = None
     fmr_observed: float | None = None
     true_accept_rate: float | None = None
+    growth: float = 1.0
+    source: str = "strangers"
+    sub_galleries: tuple[tuple[float, float, float], ...] = ()
+    curve: tuple[tuple[float, float, float, float | None], ...] = ()
+
+    def is_stale(self, identities: int) -> bool:
+        """Whether a gallery of so many identities has outgrown the promise."""
+        return self.gallery_identities is not None and identities > self.growth * self.gallery_identities + 1e-9
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON knows it."""
@@ -67,9 +86,12 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Calibration:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`, also after a way through JSON and of older ones, which had fewer entries."""
         known = {field.name for field in fields(cls)}
-        return cls(**{k: v for k, v in content.items() if k in known})
+        kept = {key: value for key, value in content.items() if key in known}
+        for name in {"sub_galleries", "curve"} & kept.keys():
+            kept[name] = tuple(tuple(point) for point in kept[name])
+        return cls(**kept)
 
 
 def strangers_needed(fpir: float, confidence: float = 0.95) -> float:
@@ -93,7 +115,7 @@ def upper_bound(rate: Any, effective: Any, confidence: float = 0.95) -> Floats:
 
 
 def calibrate_threshold(
-    scores: Any, identities: Sequence[str | None], *, fpir: float, confidence: float = 0.95
+    scores: Any, identities: Sequence[str | None], *, fpir: float, confidence: float = 0.95, rise: float = 0.0
 ) -> Calibration:
     """Set the smallest threshold at which strangers stay unknown as promised.
 
@@ -117,9 +139,10 @@ def calibrate_threshold(
             independent: ten unnamed pictures of one person count as ten strangers and break the promise.
         fpir: Target false-positive identification rate, in (0, 1).
         confidence: That the rate is at most the target, in (0, 1).
+        rise: Added to the threshold, for a gallery that is to grow; see `rise_with_growth`.
 
     Returns:
-        The calibration; the threshold lies one float above the highest score that must stay unknown.
+        The calibration; without a rise the threshold lies one float above the highest score that must stay unknown.
 
     Raises:
         CalibrationError: Fewer stranger identities than `strangers_needed`; says how many it takes.
@@ -146,8 +169,8 @@ def calibrate_threshold(
     groups = _numbers(identities)  # (N,) identity number of each image
     sizes = np.bincount(groups)  # (n,) images of each identity
     correlation = _score_correlation(values.astype(np.float64), groups, sizes)
-    effective = _effective(sizes, correlation)
-    refuse_if_unsupported(len(sizes), len(values), fpir, confidence)
+    effective = float(_effective(sizes, correlation))
+    refuse_if_unsupported(len(sizes), len(values), fpir, confidence, effective=effective)
 
     order = np.argsort(-values, kind="stable")
     descending = values[order]
@@ -155,6 +178,9 @@ def calibrate_threshold(
     worth = _effective(sizes, np.maximum(correlation, _hit_correlation(groups[order], sizes)))
     bounds = upper_bound(np.minimum(rates, 1), worth, confidence)
     threshold, passed = _lowest(descending, bounds, fpir)
+    if rise:
+        threshold = float(np.nextafter(values.dtype.type(threshold + rise), values.dtype.type(np.inf)))
+        passed = int((descending >= threshold).sum())
     return Calibration(
         threshold=threshold,
         fpir=fpir,
@@ -163,9 +189,96 @@ def calibrate_threshold(
         confidence=confidence,
         strangers=len(sizes),
         images=len(values),
-        effective_strangers=float(effective),
+        effective_strangers=effective,
         correlation=correlation,
+        curve=_operating_points(descending, rates, bounds),
     )
+
+
+def _operating_points(
+    descending: np.ndarray[Any, Any], rates: Floats, bounds: Floats
+) -> tuple[tuple[float, float, float, None], ...]:
+    """Points between which the number of images let through grows by about the same factor."""
+    last = np.flatnonzero(np.append(descending[1:] < descending[:-1], True))  # equal scores stand or fall together
+    steps = np.unique(np.geomspace(1, len(descending), CURVE_POINTS).round().astype(int)) - 1
+    chosen = np.unique(last[np.searchsorted(last, steps)])
+    return tuple(
+        (float(f"{descending[row]:.9g}"), float(f"{min(rates[row], 1):.5g}"), float(f"{bounds[row]:.5g}"), None)
+        for row in chosen.tolist()
+    )
+
+
+def rise_with_growth(
+    tables: Mapping[float, Any],
+    identities: Sequence[str | None],
+    *,
+    fpir: float,
+    growth: float,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, dict[float, float]]:
+    """How far a threshold must rise so that its promise holds in a gallery of `growth` times the size.
+
+    The more identities, the higher the best score of a stranger. That is seen on the gallery itself: t(n), the
+    threshold at which random sub-galleries of n identities let strangers in at the rate `fpir`, is about linear in
+    log n. (Where the scores of strangers fall off exponentially it is exactly so; where they fall off faster, as a
+    normal distribution and every bounded score do, the line lies above the truth.) The rise is slope x log(growth),
+    from the least-squares line through the sub-galleries, plus a normal margin at `confidence` for two unknowns: the
+    slope, by a bootstrap over strangers, and who will be enrolled, by how much t(n) differs between disjoint
+    sub-galleries, scaled to the size of the gallery. It is never below 0.
+
+    The textbook formula 1 - (1 - FMR)^n is not used: it takes the scores of one stranger against n identities for
+    independent, which they are not.
+
+    Args:
+        tables: Number of identities to (N, R) best scores of N stranger images in R random sub-galleries of that size;
+            two sizes at least, and for all but the largest two columns at least.
+        identities: N names of strangers, as in `calibrate_threshold`.
+        fpir: Target rate.
+        growth: Identities to come over identities now, from 1 to `MOST_GROWTH`.
+        confidence: Of the margin.
+        seed: Of the bootstrap.
+
+    Returns:
+        The rise, in units of the scores, and t(n) for every size.
+    """
+    groups = _numbers(identities)
+    sizes = np.bincount(groups)
+    weights = 1.0 / (len(sizes) * sizes[groups])  # (N,) of each image
+    counts = sorted(tables)
+    tops = {n: _sorted_scores(np.asarray(tables[n], dtype=np.float64)) for n in counts}
+    found = {n: _quantile(*tops[n], weights, fpir) for n in counts}
+    if growth == 1:
+        return 0.0, found
+    line = np.log(counts) - np.mean(np.log(counts))
+    line /= line @ line  # slope = line @ thresholds
+    random = np.random.default_rng(seed)
+    slopes = []
+    for _ in range(BOOTSTRAPS):
+        drawn = np.bincount(random.integers(0, len(sizes), len(sizes)), minlength=len(sizes))
+        slopes.append(line @ [_quantile(*tops[n], weights * drawn[groups], fpir) for n in counts])
+    apart = [np.var(_quantiles(tables[n], weights, fpir), ddof=1) * n / counts[-1] for n in counts[:-1]]
+    variance = np.var(slopes, ddof=1) * math.log(growth) ** 2 + np.mean(apart) * (1 - 1 / growth)
+    slope = line @ list(found.values())
+    return max(0.0, float(slope * math.log(growth) + ndtri(confidence) * math.sqrt(variance))), found
+
+
+def _sorted_scores(table: Floats) -> tuple[Floats, np.ndarray[Any, Any]]:
+    """Scores of a table (N, R) from the highest down, and the row that each comes from."""
+    order = np.argsort(-table, axis=None, kind="stable")
+    return table.ravel()[order], order // table.shape[1]
+
+
+def _quantile(descending: Floats, rows: np.ndarray[Any, Any], weights: Floats, rate: float) -> float:
+    """Highest score at which a share above `rate` of the weight is let through."""
+    passed = np.cumsum(weights[rows])
+    place = np.searchsorted(passed, rate * passed[-1] * (1 + 1e-12), side="right")  # sums round
+    return float(descending[min(int(place), len(descending) - 1)])
+
+
+def _quantiles(table: Any, weights: Floats, rate: float) -> list[float]:
+    """`_quantile` of every column."""
+    return [_quantile(*_sorted_scores(column[:, None]), weights, rate) for column in np.asarray(table, np.float64).T]
 
 
 def match_threshold(
@@ -247,13 +360,37 @@ def _effective(sizes: np.ndarray[Any, Any], correlation: Any) -> Floats:
     return np.asarray(len(sizes) ** 2 / variance, dtype=float)
 
 
-def refuse_if_unsupported(identities: int, images: int, fpir: float, confidence: float = 0.95) -> None:
+def refuse_if_unsupported(
+    identities: int, images: int, fpir: float, confidence: float = 0.95, *, effective: float | None = None
+) -> None:
     """Raise CalibrationError when so many strangers cannot support the target, whatever their scores."""
     needed = strangers_needed(fpir, confidence)
     if identities < needed * (1 - 1e-12):
         possible = 1 - (1 - confidence) ** (1 / identities)
+        worth = "" if effective is None else f" (by the spread of their scores worth {effective:.0f} independent ones)"
         raise CalibrationError(
             f"A false-positive identification rate of {fpir:g} with {confidence:.0%} confidence needs "
             f"{math.ceil(needed - 1e-9)} strangers; these {images} images show {identities}, and ten pictures of one "
-            f"stranger are not ten strangers. Bring more strangers, or ask for fpir >= {possible:.3g}."
+            f"stranger are not ten strangers{worth}. Bring more strangers, or ask for fpir >= {possible:.3g}."
+        )
+
+
+def refuse_growth(growth: float, identities: int, fusion: str) -> None:
+    """Raise unless a promise may be extrapolated so far from a gallery of so many identities."""
+    if not 1 <= growth <= MOST_GROWTH:
+        raise ValueError(
+            f"growth is from 1 to {MOST_GROWTH:g} times the present size, got {growth:g}: how a threshold rises is "
+            f"measured on sub-galleries of an eighth of the gallery up to all of it, and further than {MOST_GROWTH:g} "
+            "times beyond that the measured line is a guess. Enroll more identities first, then calibrate again."
+        )
+    if growth > 1 and fusion == "vote":
+        raise ValueError(
+            f"growth={growth:g} cannot be promised with fusion='vote': votes are counted, so that the threshold rises "
+            "in steps with the gallery and not along a line that could be measured. Use fusion='max' or 'mean', or "
+            "leave growth out and calibrate again as the gallery grows."
+        )
+    if growth > 1 and identities < SMALLEST_TO_GROW:
+        raise ValueError(
+            f"growth={growth:g} needs at least {SMALLEST_TO_GROW} enrolled identities, to measure on sub-galleries how "
+            f"the threshold rises; this gallery has {identities}. Leave growth out and calibrate again as it grows."
         )

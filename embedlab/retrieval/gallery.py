@@ -7,35 +7,47 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from embedlab._types import Embeddings, Ids, Neighbours, Vectors
+from embedlab.retrieval import cohort as cohorts
+from embedlab.retrieval import indexing
 from embedlab.retrieval import store as storage
 from embedlab.retrieval._durable import new_folder
 from embedlab.retrieval.answers import CheckReport, Identification, Verification
-from embedlab.retrieval.calibration import Calibration, calibrate_threshold, match_threshold
-from embedlab.retrieval.embedders import Embedder, as_array, as_embedder, image_paths
+from embedlab.retrieval.calibration import Calibration
+from embedlab.retrieval.cohort import Cohort
+from embedlab.retrieval.embedders import CallableEmbedder, Embedder, as_array, as_embedder, image_paths
 from embedlab.retrieval.inputs import (
+    are_images,
     checked_labels,
     checked_metadata,
     checked_settings,
     counted,
     normalised,
+    pooled,
     positive,
     require_dim,
     unique,
+    with_quality,
 )
-from embedlab.retrieval.scoring import best_identity, genuine_rates, highest_pairs, identity_scores, neighbours
+from embedlab.retrieval.pictures import thumbnails_of, with_paths
+from embedlab.retrieval.promise import Strangers, Targets, left_out, promise, with_genuine
+from embedlab.retrieval.references import embed_references, image_shape, reference_images, require_unchanged
+from embedlab.retrieval.scoring import best_identity, identity_scores, nearest_identities, neighbours
+from embedlab.retrieval.search import Index
 from embedlab.retrieval.snapshot import Snapshot
 from embedlab.retrieval.store import Contents, GalleryError, Meta, Store
 
 logger = logging.getLogger("embedlab")
+
+LOAD_BEHIND = 20_000  # templates: fewer are read and verified before `open` returns
+VERIFIED_AT_ONCE = 1_024  # templates, between two looks at whether anybody still wants it
 
 
 class Gallery:
@@ -59,7 +71,24 @@ class Gallery:
         self._mutex = threading.RLock()
         self._stale = False
         self._closed = False
-        self._snapshot = Snapshot.of(store.load())
+        self._let_go = False
+        self._current: Snapshot | None = None
+        self._cohort: Cohort | None = None
+        self._warned = False
+        self._unverified: Contents | None = None
+        self._damage: str | None = None
+        self._keeper = indexing.IndexKeeper(
+            store.folder / storage.CACHE,
+            adopt=self._adopt_index,
+            note=None if store.read_only else self._note_index,
+            given_up=self._given_up,
+        )
+        self._reader: threading.Thread | None = None
+        if store.salvaging or store.opened.count < LOAD_BEHIND:
+            self._load(verify=True)
+        else:
+            self._reader = threading.Thread(target=self._bring_in, name="embedlab: reading a gallery")
+            self._reader.start()
 
     # ---- opening and closing ---------------------------------------------------------------------------------------
 
@@ -72,17 +101,26 @@ class Gallery:
         dim: int | None = None,
         fusion: str = "max",
         vote_k: int = 10,
+        search: str = "auto",
+        search_recall: float = 0.999,
+        thumbnails: bool = False,
     ) -> Gallery:
         """Make an empty gallery and open it for writing.
 
         Args:
             folder: Absent or empty; appears whole or not at all.
-            embedder: An `Encoder` or the folder of a saved one (copied into the gallery), or a function images ->
-                (B, D). None for a gallery of ready-made vectors.
+            embedder: An `Encoder`, the folder of a saved one or an ONNX file (copied into the gallery), or a function
+                images -> (B, D). None for a gallery of ready-made vectors.
             dim: Numbers per vector; needed without an embedder.
             fusion: How the templates of an identity give one score: "max", the nearest template; "mean", the mean over
                 all of them; "vote", the sum of cosines of its templates among the `vote_k` nearest, over `vote_k`.
             vote_k: Templates that vote.
+            search: How neighbours are found: "exact"; "ivf" or "hnsw", by an index; "auto", by an index in a large
+                gallery. An index is used only where it meets `search_recall`, and searches are exact until it is built.
+            search_recall: Share of probes for which the nearest template must be found, as measured on the gallery's
+                own vectors; these probes are decided as by exact search, whatever the threshold.
+            thumbnails: Keep a small picture of every image that is enrolled, for people who look at answers: a JPEG of
+                at most 128 pixels a side. It goes when its template goes.
 
         Raises:
             ValueError: The folder is taken, neither embedder nor dim, or a dim that is not the embedder's.
@@ -103,11 +141,13 @@ class Gallery:
             dim = known.dim
         saves = callable(getattr(known, "save", None))
         meta = Meta(storage.new_uuid(), dim, None if known is None else known.fingerprint, saves, settings)
+        meta.thumbnails = bool(thumbnails)
+        meta.search = indexing.checked_search(search, search_recall)
         with new_folder(folder) as building:
             if saves:
                 known.save(building / "encoder")  # type: ignore[union-attr]
             (building / storage.CACHE).mkdir()
-            Store.create(building, meta)
+            Store.create(building, meta, () if known is None else _references(known, None))
         return cls(Store(folder, read_only=False), known)
 
     @classmethod
@@ -115,6 +155,10 @@ class Gallery:
         cls, folder: str | Path, embedder: Any = None, *, read_only: bool = False, salvage: bool = False
     ) -> Gallery:
         """Open a gallery and verify every template.
+
+        A large gallery returns at once, and its templates are read and then verified behind it: the first question
+        waits until they are read, `verified` tells when they are verified, and `check` waits for it. Damage that is
+        found behind is an error of every later call.
 
         Args:
             folder: What `create` made.
@@ -143,9 +187,13 @@ class Gallery:
 
     def close(self) -> None:
         """Let the next writer in; closing twice does nothing."""
+        self._closed = True  # what runs behind sees it and gives up
+        self._keeper.wait()
+        if self._reader is not None and self._reader is not threading.current_thread():
+            self._reader.join()
         with self._mutex:
-            if not self._closed:
-                self._closed = True
+            if not self._let_go:
+                self._let_go = True
                 self._store.close()
 
     def __enter__(self) -> Gallery:
@@ -157,7 +205,9 @@ class Gallery:
         self.close()
 
     def __repr__(self) -> str:
-        now = self._snapshot
+        now = self._current
+        if now is None:
+            return f"Gallery({str(self.folder)!r}, still reading {self._store.opened.count} templates)"
         return f"Gallery({str(self.folder)!r}, {len(now.names)} identities, {len(now)} templates, dim={now.meta.dim})"
 
     # ---- what is in it ---------------------------------------------------------------------------------------------
@@ -207,6 +257,11 @@ class Gallery:
         return self._now().meta.generation
 
     @property
+    def verified(self) -> bool:
+        """Whether every template has been compared with its digest; False for a while after opening a large gallery."""
+        return self._current is not None and self._unverified is None and self._damage is None
+
+    @property
     def calibration(self) -> Calibration | None:
         """What `calibrate` found, None before."""
         return _calibration(self._now().meta)
@@ -215,21 +270,34 @@ class Gallery:
         return len(self._now())
 
     def __contains__(self, label: object) -> bool:
-        return label in self.counts()
+        return self._now().code_of(label) is not None
 
     def labels(self) -> list[str]:
         """Enrolled identities in alphabetical order."""
-        return list(self._now().names)
+        return sorted(self._now().names)
 
     def counts(self) -> dict[str, int]:
         """Templates of each identity."""
         now = self._now()
-        return dict(zip(now.names, now.templates.tolist(), strict=True))
+        return dict(sorted(zip(now.names, now.templates.tolist(), strict=True)))
 
     def metadata(self) -> dict[int, dict[str, Any]]:
         """What was given with each template, by id; an empty dict where there was nothing."""
         now = self._now()
         return {key: json.loads(note) if note else {} for key, note in zip(now.ids.tolist(), now.metadata, strict=True)}
+
+    def thumbnail(self, template: int) -> bytes | None:
+        """The small picture of a template, a JPEG; None where none is kept.
+
+        Args:
+            template: Its id.
+
+        Raises:
+            ValueError: No such template.
+        """
+        with self._mutex:
+            self._require_present([template], self._now().ids.tolist())
+            return self._store.thumbnails([template]).get(int(template))
 
     def embeddings(self) -> Embeddings:
         """All templates with labels and ids; a copy."""
@@ -253,10 +321,14 @@ class Gallery:
             "dim": now.meta.dim,
             "fingerprint": now.meta.fingerprint,
             "encoder_in_folder": now.meta.encoder,
+            "thumbnails": now.meta.thumbnails,
             "settings": now.meta.settings,
             "generation": now.meta.generation,
+            "search": self._keeper.report(now),
+            "verified": self.verified,
             "bytes": size,
             "calibrated": found is not None,
+            "stale": found is not None and found.is_stale(len(now.names)),
             "calibration": None if found is None else found.to_dict(),
             "growth": None if found is None else round(len(now.names) / max(found.gallery_identities or 1, 1), 4),
         }
@@ -270,6 +342,7 @@ class Gallery:
         embeddings: Any = None,
         labels: str | Sequence[str] | None = None,
         metadata: dict[str, Any] | Sequence[dict[str, Any] | None] | None = None,
+        quality: float | Sequence[float] | None = None,
         key: str | None = None,
     ) -> Ids:
         """Add templates, all or none; durable when this returns.
@@ -278,7 +351,10 @@ class Gallery:
             images: N paths or an array (N, C, H, W), for the embedder.
             embeddings: Or (N, D) vectors, or `Embeddings`; of any norm, they are normalised here.
             labels: N identities, non-empty strings; one string for all. `Embeddings` bring their own.
-            metadata: N dicts that JSON can hold, or one for all; `search(where=...)` looks at them.
+            metadata: N dicts that JSON can hold, or one for all; `search(where=...)` looks at them. The path of an
+                image file stands there as "path", unless something else does.
+            quality: N weights above 0 and at most 1, or one for all, for `fusion="mean"`: the score of an identity is
+                the mean over its templates so weighted. "max" and "vote" ignore them. Kept as metadata "quality".
             key: Name of this request. Repeating a request under the same key (after a lost answer, say) adds nothing
                 and returns the first answer, even if these templates have been removed since.
 
@@ -293,23 +369,33 @@ class Gallery:
         if labels is None and isinstance(embeddings, Embeddings):
             labels = embeddings.labels
         count = counted(images, embeddings)
-        names, notes = checked_labels(labels, count), checked_metadata(metadata, count)
+        paths = _paths(images, embeddings)
+        names, notes = checked_labels(labels, count), with_quality(checked_metadata(metadata, count), quality)
         if count == 0:
             raise ValueError("Nothing to enroll: no images and no embeddings came. An empty folder?")
         vectors = None if embeddings is None else self._vectors(None, embeddings)
         # Vectors of the same images may differ in their last bits from call to call: images go by label and note.
-        pieces = [json.dumps([names, notes]).encode()] + ([] if vectors is None else [vectors.tobytes()])
-        content = storage.content_digest(*pieces)
+        content = b"" if key is None else storage.content_digest(
+            json.dumps([names, notes]).encode(), *([] if vectors is None else [vectors.tobytes()])
+        )
         if vectors is None and (key is None or self._repeated(key, content) is None):
             vectors = self._vectors(images, None)  # outside the lock: others search and write meanwhile
+        notes = with_paths(notes, paths)
+        small, references = self._pictures(images, paths)
         with self._mutex:
             if key is not None and (known := self._repeated(key, content)) is not None:
                 return known
             assert vectors is not None
+            self._refuse_cohort(self._now().meta, vectors, names, "the templates to enroll")
             with self._changing() as (meta, now, publish):
                 require_dim(vectors.shape[1], meta.dim)  # two first enrollments at once may disagree
                 meta.dim = vectors.shape[1]
                 ids = self._store.insert(meta, names, notes, vectors)
+                if small:
+                    pairs = zip(ids.tolist(), small, strict=True)
+                    self._store.write_thumbnails(meta, {template: image for template, image in pairs if image})
+                if references and not meta.side["reference"][0]:
+                    self._store.write_references(meta, references)
                 if key is not None:
                     self._store.remember(meta, key, int(ids[0]), count, content)
                 publish(lambda: now.appended(Contents(meta, ids, names, notes, vectors, 0)))
@@ -328,32 +414,35 @@ class Gallery:
             labels: Identities.
             ids: Or templates.
             purge: Also empty the write-ahead log and the cache before returning, so that no file of the gallery holds
-                the vectors any more. Backups, and blocks that the file system has given back, are out of reach.
+                the vectors or thumbnails any more. Backups, and blocks that the file system has given back, are out of
+                reach.
 
         Returns:
             Templates removed.
 
         Raises:
             ValueError: Something is not in the gallery; nothing is removed.
-            GalleryError: A reader kept the log in use for 5 s, so that traces remain; the removal itself stands.
+            GalleryError: Traces remain, in the files that it names, because a reader kept the log in use for 5 s or a
+                cache could not be deleted; the removal itself stands.
         """
         if (labels is None) == (ids is None):
             raise ValueError("remove takes either labels or ids.")
         with self._mutex:
             now = self._now()
-            gone = now.labels if labels is not None else now.ids
             wanted = unique([labels] if isinstance(labels, str) else labels if labels is not None else ids)
             self._require_present(wanted, now.names if labels is not None else now.ids.tolist())
-            keep = np.array([value not in wanted for value in gone.tolist()], dtype=bool)
             if not wanted:
                 return 0
+            if labels is not None:
+                keep = ~np.isin(now.codes, [code for label in wanted if (code := now.code_of(label)) is not None])
+            else:
+                keep = ~np.isin(now.ids, wanted)
             with self._changing() as (meta, now, publish):
                 self._store.delete(meta, now.ids[~keep])
                 publish(lambda: now.kept(meta, keep))
             if purge:
-                for path in (self.folder / storage.CACHE).glob("*"):
-                    path.unlink()
-                self._store.truncate_log()
+                self._forget_index()
+                self._store.erase_traces()
             return int((~keep).sum())
 
     def rename(self, old: str, new: str) -> int:
@@ -379,15 +468,68 @@ class Gallery:
                 raise ValueError(f"{source!r} cannot be merged into itself.")
             return self._relabel(source, into)
 
-    def configure(self, *, fusion: str | None = None, vote_k: int | None = None) -> None:
-        """Change what scores mean; a real change makes the gallery uncalibrated. Arguments as in `create`."""
+    def configure(
+        self,
+        *,
+        fusion: str | None = None,
+        vote_k: int | None = None,
+        normalisation: str | None = None,
+        cohort: Any = None,
+        cohort_k: int | None = None,
+        search: str | None = None,
+        search_recall: float | None = None,
+    ) -> None:
+        """Change what scores mean; a real change makes the gallery uncalibrated. None leaves a setting as it is.
+
+        How neighbours are searched for (`search`, `search_recall`) leaves the calibration as it is: whatever is found
+        was scored exactly.
+
+        Args:
+            fusion: As in `create`.
+            vote_k: As in `create`.
+            normalisation: "as-norm" counts scores in standard deviations above those with a cohort of others, see
+                `embedlab.retrieval.cohort.Cohort`; "none" is the cosine, and forgets the cohort. Normalised scores
+                are computed with every template, whatever `search` says.
+            cohort: C images, vectors or `Embeddings` of people or things that are neither enrolled nor among the
+                strangers of a calibration; some hundred, one or two images of each. Stored with the gallery, and fixed:
+                removing an identity then never changes a decision on another.
+            cohort_k: How many of the highest scores with the cohort count; the smaller of 200 and C when None.
+            search: As in `create`.
+            search_recall: As in `create`.
+
+        Raises:
+            ValueError: A setting that does not exist, "as-norm" without a cohort, a cohort that is too small or shares
+                images or names with the gallery.
+        """
+        labels = cohort.labels if isinstance(cohort, Embeddings) else None
+        vectors = None
+        if cohort is not None:
+            vectors = self._vectors(cohort, None) if are_images(cohort) else self._vectors(None, cohort)
         with self._mutex:
-            old = self._now().meta.settings
-            settings = checked_settings(fusion or old["fusion"], old["vote_k"] if vote_k is None else vote_k)
-            if settings == old:
+            before = self._now().meta
+            old = before.settings
+            settings = old | checked_settings(fusion or old["fusion"], old["vote_k"] if vote_k is None else vote_k)
+            made = None
+            if normalisation == "none":
+                settings["normalisation"] = None
+            elif any(value is not None for value in (normalisation, vectors, cohort_k)):
+                made = self._made_cohort(normalisation, vectors, cohort_k)
+                kept = old.get("normalisation") or {}
+                names = kept.get("labels", ()) if vectors is None else sorted(map(cohorts.label_digest, labels or ()))
+                settings["normalisation"] = cohorts.as_settings(made, names)
+                now = self._now()
+                cohorts.refuse_shared(
+                    made.vectors, settings["normalisation"], now.vectors, now.names, "the enrolled templates"
+                )
+            looking = indexing.checked_search(search, search_recall, before.search)
+            if (settings, looking) == (old, before.search):
                 return
             with self._changing() as (meta, now, publish):
-                meta.settings, meta.calibration = settings, None
+                if settings != old:
+                    meta.settings, meta.calibration = settings, None
+                if settings.get("normalisation") != old.get("normalisation"):
+                    self._store.write_cohort(meta, np.zeros((0, 0), np.float32) if made is None else made.vectors)
+                meta.search = looking
                 publish(lambda: now.described(meta))
 
     # ---- asking it -------------------------------------------------------------------------------------------------
@@ -403,60 +545,108 @@ class Gallery:
         return embed(images, **options)
 
     def search(
-        self, images: Any = None, *, embeddings: Any = None, k: int = 10, where: dict[str, Any] | None = None
+        self,
+        images: Any = None,
+        *,
+        embeddings: Any = None,
+        k: int = 10,
+        per: Literal["template", "identity"] = "template",
+        where: dict[str, Any] | None = None,
     ) -> Neighbours:
-        """Nearest templates by cosine, exactly.
+        """Nearest templates by cosine.
+
+        Scores are exact. In a large gallery a neighbour may be missed, at most as often as `info()["search"]` says;
+        `configure(search="exact")` rules that out. A search with `where` is always exact.
 
         Args:
             images: Q paths or an array (Q, C, H, W).
             embeddings: Or (Q, D) vectors.
             k: Neighbours per probe; where the gallery has fewer, id -1, label None, score NaN.
-            where: Only templates whose metadata has these values.
+            per: What `k` counts: "template", or "identity", of which the best template is given.
+            where: Only templates whose metadata has these values; a list stands for any of its items, so that
+                `{"site": ["north", "west"], "year": 2020}` is (north or west) and 2020.
+
+        Raises:
+            ValueError: Vectors, k or per that do not fit.
         """
         now = self._now()
         queries = self._vectors(images, embeddings)
-        return neighbours(now, queries, positive(k), None if where is None else now.rows_where(where))
+        if per not in ("template", "identity"):
+            raise ValueError(f"per is what k counts, 'template' or 'identity'; got {per!r}.")
+        ask = neighbours if per == "template" else nearest_identities
+        return ask(now, queries, positive(k), None if where is None else now.where(where))
 
-    def identify(self, images: Any = None, *, embeddings: Any = None, k: int = 10) -> list[Identification]:
-        """Name each probe, or say unknown; `k` neighbours come with the answer. Arguments as in `search`."""
-        now = self._now()
-        queries = self._vectors(images, embeddings)
+    def identify(
+        self,
+        images: Any = None,
+        *,
+        embeddings: Any = None,
+        k: int = 10,
+        probes: Sequence[str | int | None] | None = None,
+        quality: Sequence[float] | None = None,
+    ) -> list[Identification]:
+        """Name each probe, or say unknown; `k` neighbours come with the answer.
+
+        Several images of one probe, such as the frames of one visit, are one question: the probe is the normalised
+        mean of their vectors. The mean keeps what the images have in common and averages out what each has of its own,
+        and it is a vector like any other, so that search, fusion, normalisation and calibration stay as they are. A
+        gallery that is asked with several images per probe should be calibrated with as many.
+
+        Args:
+            images: N paths or an array (N, C, H, W).
+            embeddings: Or (N, D) vectors.
+            k: Neighbours per probe.
+            probes: N names that say which probe each image belongs to; a None is a probe of its own.
+            quality: N weights of the images in their probe, above 0 and at most 1.
+
+        Returns:
+            One answer per probe, in the order of their first images; without `probes` one per image.
+        """
+        now, cohort = self._scoring()
+        verified, queries = self.verified, pooled(self._vectors(images, embeddings), probes, quality)[0]
         near = neighbours(now, queries, positive(k))
-        best, scores = best_identity(now, queries)
+        best, scores = best_identity(now, queries, cohort, near)
         found = _calibration(now.meta)
-        threshold = None if found is None else found.threshold
+        threshold, stale = None if found is None else found.threshold, self._outgrown(now, found)
         answers = []
         for row, (code, score) in enumerate(zip(best.tolist(), scores, strict=True)):
             known = threshold is not None and bool(score >= np.float32(threshold))  # NaN, an empty gallery: unknown
             guess = now.names[code] if code >= 0 else None
             one = Neighbours(near.ids[row : row + 1], near.labels[row : row + 1], near.scores[row : row + 1])
-            label = guess if known else None
-            answers.append(Identification(label, float(score), threshold, threshold is not None, one, guess))
+            label, calibrated = guess if known else None, threshold is not None
+            answers.append(
+                Identification(label, float(score), threshold, calibrated, one, guess, verified=verified, stale=stale)
+            )
         return answers
 
-    def verify(self, label: str, *, image: Any = None, embedding: Any = None) -> Verification:
+    def verify(
+        self, label: str, *, image: Any = None, embedding: Any = None, quality: Sequence[float] | None = None
+    ) -> Verification:
         """Check a claim, at the verification threshold.
 
         Args:
             label: The claimed identity.
-            image: A path or an array (C, H, W).
-            embedding: Or a vector (D,).
+            image: A path or an array (C, H, W); or several, as a list or an array (N, C, H, W), which are one probe as
+                in `identify`.
+            embedding: Or a vector (D,), or several (N, D).
+            quality: N weights of the images, above 0 and at most 1.
 
         Raises:
-            ValueError: The identity is not enrolled.
+            ValueError: The identity is not enrolled, or no image came.
         """
-        now = self._now()
+        now, cohort = self._scoring()
         self._require_present([label], now.names)
         if image is not None and not isinstance(image, str | Path):
             image = image[None] if getattr(image, "ndim", 0) == 3 else image
-        probe = self._vectors(image, None if embedding is None else as_array(embedding).reshape(1, -1))
-        if len(probe) != 1:
-            raise ValueError(f"verify takes one image, got {len(probe)}.")
-        score = identity_scores(now, probe, np.array([now.names.index(label)]))[0, 0]
+        vectors = self._vectors(image, None if embedding is None else np.atleast_2d(as_array(embedding)))
+        if not len(vectors):
+            raise ValueError("verify takes one image or several of one probe, got none.")
+        probe = pooled(vectors, [label] * len(vectors), quality)[0]
+        score = float(identity_scores(now, probe, cohort, codes=np.array([now.code_of(label)]))[0, 0])
         found = _calibration(now.meta)
         threshold = None if found is None else found.verification_threshold
-        accepted = None if threshold is None else bool(score >= np.float32(threshold))
-        return Verification(accepted, float(score), threshold, label)
+        accepted = None if threshold is None else bool(np.float32(score) >= np.float32(threshold))
+        return Verification(accepted, score, threshold, label, stale=self._outgrown(now, found))
 
     def calibrate(
         self,
@@ -464,75 +654,75 @@ class Gallery:
         *,
         embeddings: Any = None,
         labels: Sequence[str | None] | None = None,
+        probes: Sequence[str | int | None] | None = None,
+        leave_identity_out: bool = False,
         fpir: float = 0.01,
         fmr: float | None = None,
         confidence: float = 0.95,
+        growth: float = 1.0,
     ) -> Calibration:
         """Set the thresholds from strangers, so that at most a share `fpir` of them is taken for somebody.
 
         The strangers must be like those to come, and neither enrolled nor trained on; see `calibrate_threshold`. The
-        promise holds for the gallery as it is: one that grows takes more strangers for somebody, and `info` shows how
-        much it has grown.
+        promise holds for the gallery as it is and up to `growth` times as many identities; beyond that, answers say
+        that they are `stale`.
 
         Args:
             images: N paths or an array (N, C, H, W).
             embeddings: Or (N, D) vectors, or `Embeddings`, which bring their labels.
             labels: N names. Those enrolled mark genuine probes, which give the detection rate and set no threshold;
                 other names are strangers; None is a stranger seen once. No labels at all: every image is one of these.
+            probes: N names that say which images are one probe, as in `identify`; all of one label.
+            leave_identity_out: Without any strangers, let every enrolled identity play the stranger to all others. A
+                makeshift: pictures for enrollment are seldom like those at the door, and the promise holds only as far
+                as they are.
             fpir: Target false-positive identification rate per stranger identity.
             fmr: Target false match rate of `verify`; the same number when None.
             confidence: That the promise holds.
+            growth: Identities up to which it holds over those enrolled now, at most 3; see `rise_with_growth`. Those
+                to come must be enrolled like those that are there, with about as many templates; not for "vote".
 
         Returns:
             The calibration, which is stored with the gallery.
 
         Raises:
             CalibrationError: Too few strangers for the target; says how many it takes.
-            ValueError: An empty gallery, or labels that do not fit.
+            ValueError: An empty gallery, labels that do not fit, a growth that cannot be promised.
         """
         self._store.require_writable()
-        fmr = fpir if fmr is None else fmr
-        if not 0 < fmr < 1:
-            raise ValueError(f"fmr lies between 0 and 1, got {fmr}; 1 % is 0.01.")
-        if labels is None and isinstance(embeddings, Embeddings):
-            labels = embeddings.labels
+        targets = Targets(fpir=fpir, fmr=fpir if fmr is None else fmr, confidence=confidence, growth=growth)
         with self._mutex:
-            now = self._now()
+            now, cohort = self._scoring()
             if not len(now):
                 raise ValueError(
                     "An empty gallery cannot be calibrated: there is nobody to be taken for. Enroll first."
                 )
-            probes = self._vectors(images, embeddings)
-            names = [None] * len(probes) if labels is None else list(labels)
-            if len(names) != len(probes):
-                raise ValueError(
-                    f"{len(names)} labels do not fit {len(probes)} images; one per image, None for unnamed."
+            if leave_identity_out:
+                if images is not None or embeddings is not None:
+                    raise ValueError(
+                        "leave_identity_out takes no images: the enrolled play the strangers. With images of strangers "
+                        "leave it out; that is the better calibration."
+                    )
+                logger.warning(
+                    "Gallery %s is calibrated on its own enrollment pictures (leave-identity-out), which are seldom "
+                    "like those at the door; calibrate with pictures of strangers taken there as soon as you can.",
+                    self.folder,
                 )
-            enrolled = set(now.names)
-            genuine = np.array([name in enrolled for name in names], dtype=bool)
-            strangers = [name for name in names if name not in enrolled]
-            scores = best_identity(now, probes[~genuine])[1]
-            found = calibrate_threshold(scores, strangers, fpir=fpir, confidence=confidence)
-            pairs, weights = highest_pairs(now, probes[~genuine], strangers, fmr)
-            limit, bound, observed = match_threshold(
-                pairs, weights, fmr=fmr, effective=found.effective_strangers, confidence=confidence
-            )
-            found = replace(
-                found,
-                gallery_identities=len(now.names),
-                gallery_templates=len(now),
-                verification_threshold=limit,
-                fmr=fmr,
-                fmr_bound=bound,
-                fmr_observed=observed,
-            )
-            if genuine.any():
-                claims = [name for name in names if name in enrolled]
-                detected, accepted = genuine_rates(now, probes[genuine], claims, found.threshold, limit)
-                found = replace(found, genuine_images=len(claims), detection_rate=detected, true_accept_rate=accepted)
+                found = promise(now, cohort, left_out(now), targets)
+            else:
+                vectors, names = self._named_probes(images, embeddings, labels, probes)
+                self._refuse_cohort(now.meta, vectors, names, "the images to calibrate with")
+                genuine = np.array([now.code_of(name) is not None for name in names], dtype=bool)
+                strangers = [name for name in names if now.code_of(name) is None]
+                found = promise(now, cohort, Strangers(vectors[~genuine], strangers), targets)
+                if genuine.any():
+                    claims = [name for name in names if name is not None and now.code_of(name) is not None]
+                    found = with_genuine(now, cohort, found, vectors[genuine], claims)
+                self._warn_of_training(now, names)
             with self._changing() as (meta, now, publish):
                 meta.calibration = found.to_dict()
                 publish(lambda: now.described(meta))
+            self._warned = False
         return found
 
     # ---- keeping it ------------------------------------------------------------------------------------------------
@@ -540,7 +730,9 @@ class Gallery:
     def check(self) -> CheckReport:
         """Read the files again and check all of it: SQLite's structure, schema, digests, counts, generation."""
         problems: list[str] = []
-        templates, generation = 0, self._snapshot.meta.generation
+        if self._reader is not None:
+            self._reader.join()
+        templates, generation = 0, self._store.opened.generation
         with self._mutex:
             self._require_open()
             try:
@@ -560,26 +752,38 @@ class Gallery:
 
         Raises:
             ValueError: The folder is taken.
+            GalleryError: The disk refused; nothing of the copy stays, and the gallery itself goes on.
         """
         folder = Path(folder)
         storage.refuse_if_not_empty(folder)
-        with self._mutex, new_folder(folder) as building:
-            self._require_open()
-            self._store.copy_to(building)
-            (building / storage.CACHE).mkdir()
-            if self._snapshot.meta.encoder:
-                shutil.copytree(self.folder / "encoder", building / "encoder")
-            Gallery.open(building, read_only=True).close()
-            for leftover in (storage.DATABASE + "-wal", storage.DATABASE + "-shm"):
-                (building / leftover).unlink(missing_ok=True)
+        try:
+            with self._mutex, new_folder(folder) as building:
+                self._require_open()
+                self._store.copy_to(building)
+                (building / storage.CACHE).mkdir()
+                if self._snapshot.meta.encoder:
+                    shutil.copytree(self.folder / "encoder", building / "encoder")
+                with Gallery.open(building, read_only=True) as copy:
+                    copy._settled()
+                for leftover in (storage.DATABASE + "-wal", storage.DATABASE + "-shm"):
+                    (building / leftover).unlink(missing_ok=True)
+        except OSError as error:
+            raise GalleryError(
+                f"Copying the gallery {self.folder} to {folder} failed: {error}. Nothing of the copy stays, and the "
+                "gallery is as before. Free that disk, or choose another."
+            ) from error
         return folder
 
     def compact(self) -> int:
-        """Give free space back to the disk; returns the bytes saved. Needs about twice the size of the database."""
+        """Give free space back to the disk; returns the bytes saved. Needs about twice the size of the database.
+
+        An index that lacks new templates or holds removed ones is built anew behind.
+        """
         with self._mutex:
             self._require_open()
             before = self.info()["bytes"]
             self._store.compact()
+            self._current = self._keeper.tended(self._now().compacted(), afresh=True)
             return int(before - self.info()["bytes"])
 
     # ---- inside ----------------------------------------------------------------------------------------------------
@@ -588,17 +792,96 @@ class Gallery:
         if self._closed:
             raise GalleryError(f"The gallery {self.folder} is closed; open it again.")
 
+    @property
+    def _snapshot(self) -> Snapshot:
+        """What is in memory; waits for what is still being read."""
+        if self._current is None:
+            with self._mutex:
+                if self._current is None:
+                    self._require_open()
+                    self._load(verify=False)
+        assert self._current is not None
+        return self._current
+
+    def _load(self, *, verify: bool) -> None:
+        with self._mutex:
+            contents = self._store.load(verify=verify, cancelled=self._given_up)
+            self._unverified = None if verify else contents
+            self._current = self._keeper.tended(Snapshot.of(contents))
+
+    def _bring_in(self) -> None:
+        """Read the templates, then verify them, behind an opening that has returned."""
+        try:
+            with self._mutex:
+                if self._current is None and not self._given_up():
+                    self._load(verify=False)
+                contents = self._unverified
+            count = 0 if contents is None else len(contents.ids)
+            for start in range(0, count, VERIFIED_AT_ONCE):
+                assert contents is not None
+                bad = storage.misfits(contents, start, min(start + VERIFIED_AT_ONCE, count))
+                if bad:
+                    self._damage = self._store.damaged(storage.damaged_templates(bad))
+                if bad or self._given_up():
+                    return
+            self._unverified = None
+        except GalleryError as error:  # whoever asks next reads again and gets the same answer
+            logger.error("%s", error)
+
+    def _adopt_index(self, index: Index | None, epoch: int) -> None:
+        with self._mutex:
+            if self._closed:
+                return
+            now = self._snapshot
+            fresh = index is not None and epoch == self._keeper.epoch
+            self._current = self._keeper.tended(now.indexed(index) if fresh else now)
+
+    def _note_index(self, known: dict[str, Any], path: Path, epoch: int) -> None:
+        """Write the digest of a cached index into the database, so that it may be read again."""
+        with self._mutex:
+            if self._closed or self._store.broken or epoch != self._keeper.epoch:
+                path.unlink(missing_ok=True)
+                return
+            indexing.publish(path, known)
+            with self._changing() as (meta, now, publish):
+                meta.search = meta.search | {"index": known | {"generation": now.meta.generation}}
+                publish(lambda: now.described(meta))
+            indexing.tidy(path.parent, known)
+
+    def _forget_index(self) -> None:
+        """Drop an index that holds vectors which must go, and whatever is on its way to the cache."""
+        self._keeper.forget()
+        self._current = self._keeper.tended(self._snapshot.compacted().indexed(None))
+
+    def _given_up(self) -> bool:
+        """Whether nobody can want any more what is done behind."""
+        return self._closed or not threading.main_thread().is_alive()
+
+    def _settled(self) -> None:
+        """Wait until all that was read is verified.
+
+        Raises:
+            GalleryDamaged: It does not fit its digests.
+        """
+        if self._reader is not None:
+            self._reader.join()
+        self._now()
+
     def _now(self) -> Snapshot:
         """The newest generation that is committed; a search in a writing gallery waits for no lock."""
         self._require_open()
-        if not self._stale and not self._store.read_only:
-            return self._snapshot
+        if self._damage is not None:
+            raise storage.GalleryDamaged(self._damage)
+        if not self._store.read_only:
+            if not self._stale or not self._mutex.acquire(blocking=False):
+                return self._snapshot  # a change that is on its way to the disk is not committed yet
+            self._mutex.release()
         with self._mutex:
             self._require_open()
             if self._stale:
-                self._snapshot, self._stale = Snapshot.of(self._store.load()), False
+                self._current, self._stale = Snapshot.of(self._store.load(), self._snapshot.index), False
             elif self._store.read_only and self._store.changed():
-                self._snapshot = self._followed(self._snapshot)
+                self._current = self._keeper.tended(self._followed(self._snapshot))
             return self._snapshot
 
     def _followed(self, old: Snapshot) -> Snapshot:
@@ -607,7 +890,7 @@ class Gallery:
             added.meta.count == len(old) + len(added.ids)
             and added.meta.xor == f"{int(old.meta.xor, 16) ^ added.xor:032x}"  # else a template went or was relabelled
         )
-        return old.appended(added) if only_added else Snapshot.of(self._store.load())
+        return old.appended(added) if only_added else Snapshot.of(self._store.load(), old.index)
 
     @contextmanager
     def _changing(self) -> Iterator[tuple[Meta, Snapshot, Callable[[Callable[[], Snapshot]], None]]]:
@@ -619,7 +902,7 @@ class Gallery:
                 with self._store.writing() as meta:
                     yield meta, now, after.append
                     self._stale = True  # whatever interrupts from here on: what is on the disk counts
-                self._snapshot, self._stale = after[0](), False
+                self._current, self._stale = self._keeper.tended(after[0]()), False
             except (ValueError, GalleryError):
                 self._stale = self._stale and not self._store.broken
                 raise
@@ -628,11 +911,100 @@ class Gallery:
         now = self._now()
         self._require_present([old], now.names)
         checked_labels([new], 1)
-        ids = now.ids[now.labels == old]
+        ids = now.ids[now.codes == now.code_of(old)]
         with self._changing() as (meta, now, publish):
             self._store.relabel(meta, ids, new)
             publish(lambda: now.relabelled(meta, old, new))
         return len(ids)
+
+    def _scoring(self) -> tuple[Snapshot, Cohort | None]:
+        """The newest generation, and the cohort that its scores are normalised with."""
+        for _ in range(10):
+            now = self._now()
+            wanted = now.meta.settings.get("normalisation")
+            if wanted is None:
+                return now, None
+            if self._cohort is None or (self._cohort.name, self._cohort.top) != (wanted["cohort"], wanted["cohort_k"]):
+                with self._mutex:
+                    self._cohort = Cohort(self._store.cohort(), wanted["cohort_k"])
+            cohort = self._cohort
+            if cohort.name == wanted["cohort"]:
+                return now, cohort
+        raise storage.GalleryDamaged(
+            f"The gallery {self.folder} is damaged: its cohort is not the one that its settings name. Restore a backup."
+        )
+
+    def _made_cohort(self, normalisation: str | None, vectors: Vectors | None, cohort_k: int | None) -> Cohort:
+        """A cohort of new vectors, or of those that are there with another `cohort_k`."""
+        if normalisation not in (None, "as-norm"):
+            raise ValueError(f"normalisation is 'as-norm' or 'none'; got {normalisation!r}.")
+        now, known = self._scoring()
+        if vectors is None and known is not None:
+            vectors, cohort_k = known.vectors, cohort_k or known.top
+        if vectors is None or (normalisation is None and known is None):
+            raise ValueError(
+                'Normalised scores need both: configure(normalisation="as-norm", cohort=...) with images or vectors of '
+                "others, who are neither enrolled nor among the strangers of a calibration."
+            )
+        require_dim(vectors.shape[1], now.meta.dim)
+        return Cohort(vectors, cohorts.checked_top(cohort_k, len(vectors)))
+
+    def _refuse_cohort(self, meta: Meta, vectors: Vectors, names: Sequence[str | None], where: str) -> None:
+        cohort = self._scoring()[1]
+        if cohort is not None:
+            cohorts.refuse_shared(cohort.vectors, meta.settings["normalisation"], vectors, names, where)
+
+    def _named_probes(self, images: Any, embeddings: Any, labels: Any, probes: Any) -> tuple[Vectors, list[str | None]]:
+        """Vector and name of each probe to calibrate with."""
+        if labels is None and isinstance(embeddings, Embeddings):
+            labels = embeddings.labels
+        vectors = self._vectors(images, embeddings)
+        names = [None] * len(vectors) if labels is None else list(labels)
+        if len(names) != len(vectors):
+            raise ValueError(f"{len(names)} labels do not fit {len(vectors)} images; one per image, None for unnamed.")
+        means, codes = pooled(vectors, probes)
+        first = np.unique(codes, return_index=True)[1]
+        for row, code in enumerate(codes.tolist()):
+            if names[row] != names[first[code]]:
+                raise ValueError(
+                    f"The probe {list(probes)[row]!r} has images of {names[first[code]]!r} and of {names[row]!r}; all "
+                    "images of one probe show one identity."
+                )
+        return means, [names[row] for row in first.tolist()]
+
+    def _outgrown(self, now: Snapshot, found: Calibration | None) -> bool:
+        """Whether a calibration is stale, which is logged once."""
+        stale = found is not None and found.is_stale(len(now.names))
+        if stale and not self._warned and found is not None:
+            self._warned = True
+            logger.warning(
+                "Gallery %s has %d identities, and its calibration was promised for up to %d: strangers are taken for "
+                "somebody more often than promised. Calibrate again, with growth= if it is to grow on.",
+                self.folder,
+                len(now.names),
+                int(found.growth * (found.gallery_identities or 0)),
+            )
+        return stale
+
+    def _warn_of_training(self, now: Snapshot, names: Sequence[str | None]) -> None:
+        """Who was trained on is told apart too well: a stranger as much as an enrolled identity."""
+        embedder = self._embedder
+        if embedder is None and now.meta.encoder:
+            with suppress(ImportError):  # ready-made vectors need no torch, not even here
+                embedder = self.embedder
+        trained_on = getattr(embedder, "trained_on", None)
+        known = [name for name in dict.fromkeys(names) if name is not None and trained_on and trained_on(name)]
+        if known:
+            strangers = [name for name in known if now.code_of(name) is None]
+            logger.warning(
+                "Gallery %s: the encoder was trained on %d of the identities to calibrate with (%d of them strangers), "
+                "first %r. It tells them apart better than those to come: the promise and the detection rate are too "
+                "good. Calibrate with identities that it has not seen.",
+                self.folder,
+                len(known),
+                len(strangers),
+                known[0],
+            )
 
     def _repeated(self, key: str, content: bytes) -> Ids | None:
         if not isinstance(key, str) or not key:
@@ -659,7 +1031,7 @@ class Gallery:
             )
 
     def _accepted(self, embedder: Embedder) -> Embedder:
-        meta = self._snapshot.meta
+        meta = self._store.opened
         if meta.fingerprint is None:
             raise ValueError(
                 f"The gallery {self.folder} holds ready-made vectors and knows no embedder, so that it cannot tell "
@@ -671,7 +1043,20 @@ class Gallery:
                 "other weights or preprocessing give vectors that cannot be compared. Open it with the embedder that "
                 "made it, or enroll the images anew with Gallery.create."
             )
+        with self._mutex:
+            references = self._store.references()
+        require_unchanged(embedder, references, self.folder)
         return embedder
+
+    def _pictures(
+        self, images: Any, paths: Sequence[str] | None
+    ) -> tuple[list[bytes | None], list[tuple[bytes, Vectors]]]:
+        """Thumbnails of what is enrolled and, with the first images of a plain function, its reference images."""
+        meta = self._now().meta
+        shown = meta.thumbnails and (images is not None or paths is not None)
+        small = thumbnails_of(images, paths) if shown else []
+        first = images is not None and not meta.side["reference"][0]
+        return small, _references(self.embedder, images) if first else []
 
     def _vectors(self, images: Any, embeddings: Any) -> Vectors:
         """Normalised vectors (N, D) from whichever of the two came."""
@@ -684,6 +1069,30 @@ class Gallery:
         if isinstance(embeddings, Embeddings):
             embeddings = embeddings.vectors
         return normalised(as_array(embeddings), self._snapshot.meta.dim)
+
+
+def _paths(images: Any, embeddings: Any) -> list[str] | None:
+    """Of the pictures behind what is enrolled, as far as it is known."""
+    return image_paths(images) if images is not None else getattr(embeddings, "paths", None)
+
+
+def _references(embedder: Embedder, images: Any) -> list[tuple[bytes, Vectors]]:
+    """Reference images with their vectors.
+
+    A plain function may want arrays of one shape, or something else than pictures: it gets them with its first images
+    and in their shape, and none when it cannot take them.
+    """
+    if not isinstance(embedder, CallableEmbedder):
+        files = reference_images()
+        return list(zip(files, embed_references(embedder, files), strict=True))
+    if images is None:
+        return []
+    try:
+        files = reference_images(None if embedder.image_size else image_shape(images), channels=embedder.channels)
+        return list(zip(files, embed_references(embedder, files), strict=True))
+    except Exception as error:  # the function's own, of any kind
+        logger.warning("No reference images are kept, the function does not take them: %s", error)
+        return []
 
 
 def _differences(now: Snapshot, contents: Contents) -> list[str]:

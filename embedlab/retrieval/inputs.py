@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedlab._types import Vectors
-from embedlab.retrieval.embedders import image_paths
+from embedlab._types import Ids, Vectors
+from embedlab.retrieval.embedders import as_array, image_paths
 
 FUSIONS = ("max", "mean", "vote")
 LONGEST_LABEL = 1_000  # characters
@@ -69,6 +70,13 @@ def counted(images: Any, embeddings: Any) -> int:
     return len(images) if paths is None else len(paths)
 
 
+def are_images(values: Any) -> bool:
+    """Whether these are paths or pixels rather than vectors."""
+    several = isinstance(values, list | tuple) and len(values) > 0
+    one = values[0] if several else values
+    return isinstance(one, str | Path) or getattr(values, "ndim", 0) == 4
+
+
 def checked_labels(labels: Any, count: int) -> list[str]:
     """One non-empty, printable string per row."""
     if labels is None:
@@ -112,6 +120,75 @@ def checked_metadata(metadata: Any, count: int) -> list[str | None]:
             )
         notes.append(note)
     return notes
+
+
+def with_quality(notes: list[str | None], quality: Any) -> list[str | None]:
+    """The metadata of `checked_metadata` with the quality of each template; refuses what is no quality."""
+    if quality is None and not any(note is not None and '"quality"' in note for note in notes):
+        return notes  # a million templates need not be parsed
+    contents = [{} if note is None else json.loads(note) for note in notes]
+    if quality is not None:
+        given = checked_quality(quality, len(notes))
+        for row, content in enumerate(contents):
+            if "quality" in content:
+                raise ValueError(f"The metadata in row {row} has a quality of its own; give it there or as quality=.")
+            content["quality"] = given[row]
+    named = [(row, content["quality"]) for row, content in enumerate(contents) if "quality" in content]
+    for row, value in named:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise ValueError(
+                f"The metadata in row {row} has the quality {value!r}; under this name a gallery keeps the weight of a "
+                "template, a number above 0 and at most 1. Call yours otherwise."
+            )
+    return notes if not named else [json.dumps(c, sort_keys=True) if c else None for c in contents]
+
+
+def checked_quality(quality: Any, count: int) -> list[float]:
+    """One number above 0 and at most 1 per row, from as many or from one for all."""
+    values = [quality] * count if isinstance(quality, int | float) else as_array(quality).tolist()
+    if len(values) != count:
+        raise ValueError(f"{len(values)} qualities came for {count} images; they must be row by row.")
+    for row, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise ValueError(
+                f"A quality is a number above 0 and at most 1, and 1 is the best; row {row} is {value!r}. Leave out "
+                "images that are worth nothing."
+            )
+    return [float(value) for value in values]
+
+
+def pooled(vectors: Vectors, probes: Any, quality: Any = None) -> tuple[Vectors, Ids]:
+    """One vector per probe, (P, D): the normalised mean of those of its images, weighted by quality where given.
+
+    Args:
+        vectors: (N, D) of norm 1.
+        probes: N names of probes; a None is a probe of its own. None for one image each.
+        quality: N weights above 0 and at most 1.
+
+    Returns:
+        The probes in the order in which their first images come, and (N,) the probe of each image.
+    """
+    if probes is None:
+        if quality is not None:
+            raise ValueError("quality= weights the images of one probe; say by probes= which image belongs to which.")
+        return vectors, np.arange(len(vectors))
+    names = list(probes)
+    if len(names) != len(vectors):
+        raise ValueError(f"{len(names)} names of probes came for {len(vectors)} images; they must be row by row.")
+    places: dict[Any, int] = {}
+    keys = [("alone", row) if name is None else name for row, name in enumerate(names)]
+    codes = np.array([places.setdefault(key, len(places)) for key in keys], dtype=np.int64)
+    weights = np.ones(len(names)) if quality is None else np.array(checked_quality(quality, len(names)))
+    sums = np.zeros((len(places), vectors.shape[1]))
+    np.add.at(sums, codes, vectors * weights[:, None])
+    norms = np.linalg.norm(sums, axis=1)
+    if len(norms) and norms.min() < 1e-6:
+        name = names[int(np.flatnonzero(codes == norms.argmin())[0])]
+        raise ValueError(f"The images of the probe {name!r} cancel each other out: are they of one and the same?")
+    means: Vectors = (sums / norms[:, None]).astype(np.float32)
+    single = np.flatnonzero(np.bincount(codes, minlength=len(places)) == 1)
+    means[single] = vectors[np.isin(codes, single)]  # to the last bit as without probes
+    return means, codes
 
 
 def unique(values: Any) -> list[Any]:

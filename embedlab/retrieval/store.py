@@ -9,14 +9,15 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import socket
 import sqlite3
 import struct
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,15 @@ SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE item (id INTEGER PRIMARY KEY AUTOINCREMENT, label TEXT NOT NULL, metadata TEXT, "
     "vector BLOB NOT NULL, digest BLOB NOT NULL)",
-    "CREATE TABLE request (key TEXT PRIMARY KEY, first_id INTEGER NOT NULL, templates INTEGER NOT NULL, "
-    "content BLOB NOT NULL, digest BLOB NOT NULL) WITHOUT ROWID",
 )
+SIDE_TABLES = {  # all but templates; the first column is the key, the last a digest over table and other columns
+    "request": "CREATE TABLE request (key TEXT PRIMARY KEY, first_id INTEGER NOT NULL, templates INTEGER NOT NULL, "
+    "content BLOB NOT NULL, digest BLOB NOT NULL) WITHOUT ROWID",
+    "thumbnail": "CREATE TABLE thumbnail (id INTEGER PRIMARY KEY, image BLOB NOT NULL, digest BLOB NOT NULL)",
+    "reference": "CREATE TABLE reference (number INTEGER PRIMARY KEY, image BLOB NOT NULL, vector BLOB NOT NULL, "
+    "digest BLOB NOT NULL)",
+    "cohort": "CREATE TABLE cohort (number INTEGER PRIMARY KEY, vector BLOB NOT NULL, digest BLOB NOT NULL)",
+}
 SEQUENCE_SCHEMA = "CREATE TABLE sqlite_sequence(name,seq)"  # SQLite's own, for AUTOINCREMENT
 NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "fuse.sshfs"}
 _ITEM = struct.Struct("<4sqii")  # tag, id, bytes of the label, bytes of the metadata or -1
@@ -67,9 +74,10 @@ class Meta:
         generation: Transactions so far.
         count: Templates.
         xor: XOR of the digests of all templates, as 32 hexadecimal digits.
-        requests: Idempotency keys.
-        requests_xor: XOR of their digests.
+        side: Rows and XOR of the digests of each side table.
         last_id: Highest id ever given out.
+        thumbnails: Whether images that are enrolled leave a small picture.
+        search: How neighbours are looked for, and what the cache holds; scores do not depend on it.
     """
 
     uuid: str
@@ -81,14 +89,15 @@ class Meta:
     generation: int = 0
     count: int = 0
     xor: str = "0" * 32
-    requests: int = 0
-    requests_xor: str = "0" * 32
+    side: dict[str, list[Any]] = field(default_factory=lambda: {name: [0, "0" * 32] for name in SIDE_TABLES})
     last_id: int = 0
+    thumbnails: bool = False
+    search: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def rows(self) -> list[tuple[str, str]]:
         """Key and JSON value, with a digest over all of them."""
-        rows = [(key, json.dumps(value, sort_keys=True, allow_nan=False)) for key, value in asdict(self).items()]
+        rows = [(key, json.dumps(value, sort_keys=True, allow_nan=False)) for key, value in vars(self).items()]
         return [*rows, ("digest", _blake2b(*(part.encode() for row in sorted(rows) for part in row)).hex())]
 
     @classmethod
@@ -113,24 +122,29 @@ class Meta:
             raise GalleryDamaged("the digest of the table meta does not fit")
         return meta
 
-    def exchange(self, digests: Sequence[bytes], *, requests: bool = False) -> None:
-        """XOR digests in (or out, which is the same)."""
-        name = "requests_xor" if requests else "xor"
-        setattr(self, name, f"{int(getattr(self, name), 16) ^ xor_of(digests):032x}")
+    def exchange(self, digests: Sequence[bytes]) -> None:
+        """XOR digests of templates in (or out, which is the same)."""
+        self.xor = f"{int(self.xor, 16) ^ xor_of(digests):032x}"
+
+    def exchange_side(self, table: str, digests: Sequence[bytes], rows: int) -> None:
+        """The same for a side table that gains `rows` rows, or loses them where that is negative."""
+        before, xor = self.side[table]
+        self.side[table] = [before + rows, f"{int(xor, 16) ^ xor_of(digests):032x}"]
 
 
 @dataclass
 class Contents:
-    """All templates of one generation, as read and verified.
+    """All templates of one generation, as read.
 
     Args:
         meta: The facts at that generation.
         ids: (N,) int64, rising.
         labels: (N,) strings.
         metadata: (N,) JSON texts or None.
-        vectors: (N, D) float32 of norm 1.
+        vectors: (N, D) float32 of norm 1; the first rows of a longer table, so that more fit behind them.
         xor: XOR of their digests.
         problems: What does not fit; empty in a healthy gallery.
+        digests: (N, 16) bytes that are still to be compared with the templates; None when that is done.
     """
 
     meta: Meta
@@ -140,6 +154,7 @@ class Contents:
     vectors: Vectors
     xor: int
     problems: list[str] = field(default_factory=list)
+    digests: np.ndarray[Any, np.dtype[np.uint8]] | None = None
 
 
 class Store:
@@ -160,15 +175,16 @@ class Store:
         self.read_only = read_only
         self.broken: str | None = None
         self.problems: list[str] = []
-        self._salvage = salvage
+        self.salvaging = salvage
         self._process = os.getpid()
+        _refuse_links(folder)
         self._lock = None if read_only else _WriterLock(folder / LOCK)
         try:
             self._connection = _connect_for_reading(folder) if read_only else _connect(folder / DATABASE)
             with self._reading():
                 self._data_version = self._connection.execute("PRAGMA data_version").fetchone()[0]
                 self._check_schema()
-                meta = self.meta()
+                self.opened = meta = self.meta()
                 if not read_only and self._acknowledged(meta.uuid) < meta.generation:
                     self._acknowledge(meta)  # a crash between COMMIT and acknowledgement: the commit stands
         except BaseException:
@@ -179,7 +195,7 @@ class Store:
             raise
 
     @staticmethod
-    def create(folder: Path, meta: Meta) -> None:
+    def create(folder: Path, meta: Meta, references: Sequence[tuple[bytes, Vectors]] = ()) -> None:
         """Make the database and the generation file in a folder that holds neither."""
         _refuse_network(folder)
         connection = sqlite3.connect(folder / DATABASE, isolation_level=None)
@@ -187,9 +203,10 @@ class Store:
             connection.execute("PRAGMA page_size = 16384")  # vectors of 512 numbers fill 4 KiB pages only by half
             _pragmas(connection)
             connection.execute("BEGIN IMMEDIATE")
-            for statement in SCHEMA:
+            for statement in (*SCHEMA, *SIDE_TABLES.values()):
                 connection.execute(statement)
             connection.execute("INSERT INTO sqlite_sequence VALUES ('item', 0)")
+            _insert(connection, meta, "reference", _reference_rows(references))
             connection.executemany("INSERT INTO meta VALUES (?, ?)", meta.rows())
             connection.execute("COMMIT")
         finally:
@@ -230,14 +247,21 @@ class Store:
         before, self._data_version = self._data_version, version
         return bool(before != version)
 
-    def load(self, *, after: int = 0) -> Contents:
-        """Read templates with an id above `after` and verify every digest; with `after` 0 the whole as well.
+    def load(self, *, after: int = 0, verify: bool = True, cancelled: Callable[[], bool] = lambda: False) -> Contents:
+        """Read templates with an id above `after`; with `after` 0 everything is checked as a whole too.
+
+        Args:
+            after: An id.
+            verify: Compare every template with its digest; False leaves that to `misfits`.
+            cancelled: Asked now and then; GalleryError when it says yes.
 
         Raises:
             GalleryDamaged: Something does not fit; with `salvage` it is left out and `problems` say so.
         """
         with self._reading(), self._transaction("BEGIN"):
-            contents = self._read(self.meta(), after)
+            contents = self._read(self.meta(), after, cancelled)
+            if verify:
+                contents = verified(contents)
             problems = contents.problems + ([] if after else self._whole_problems(contents))
             if problems:
                 self._problem("; ".join(problems))
@@ -295,9 +319,10 @@ class Store:
         for key in ids.tolist():
             row = self._connection.execute("DELETE FROM item WHERE id = ? RETURNING digest", (key,)).fetchone()
             if row is None:
-                raise GalleryDamaged(self._damaged(f"template {key} has vanished"))
+                raise GalleryDamaged(self.damaged(f"template {key} has vanished"))
             meta.exchange([row[0]])
         meta.count -= len(ids)
+        self._delete_side(meta, "thumbnail", ids.tolist())
 
     def relabel(self, meta: Meta, ids: Ids, label: str) -> None:
         """Give templates another label, inside `writing`."""
@@ -305,38 +330,57 @@ class Store:
             query = "SELECT metadata, vector, digest FROM item WHERE id = ?"
             row = self._connection.execute(query, (key,)).fetchone()
             if row is None:
-                raise GalleryDamaged(self._damaged(f"template {key} has vanished"))
+                raise GalleryDamaged(self.damaged(f"template {key} has vanished"))
             changed = _item_digest(key, label.encode(), row[0], row[1])
             self._connection.execute("UPDATE item SET label = ?, digest = ? WHERE id = ?", (label, changed, key))
             meta.exchange([row[2], changed])
 
     def remember(self, meta: Meta, key: str, first_id: int, templates: int, content: bytes) -> None:
         """Note an idempotency key with what came of it, inside `writing`."""
-        digest = _request_digest(key.encode(), first_id, templates, content)
-        self._connection.execute(
-            "INSERT INTO request VALUES (?, ?, ?, ?, ?)", (key, first_id, templates, content, digest)
-        )
-        meta.exchange([digest], requests=True)
-        meta.requests += 1
+        _insert(self._connection, meta, "request", [(key, first_id, templates, content)])
 
     def recall(self, key: str) -> tuple[int, int, bytes] | None:
         """First id, number of templates and content digest under an idempotency key."""
-        with self._reading():
-            row = self._connection.execute(
-                "SELECT first_id, templates, content FROM request WHERE key = ?", (key,)
-            ).fetchone()
-        return None if row is None else (row[0], row[1], row[2])
+        rows = self._side_rows("request", key)
+        return None if not rows else rows[0][1:]
+
+    def write_thumbnails(self, meta: Meta, thumbnails: dict[int, bytes]) -> None:
+        """Keep an encoded picture of templates, by id, inside `writing`; `delete` takes it away with its template."""
+        _insert(self._connection, meta, "thumbnail", thumbnails.items())
+
+    def thumbnails(self, ids: Iterable[int]) -> dict[int, bytes]:
+        """Encoded pictures of those of these templates that have one."""
+        return {row[0]: row[1] for key in ids for row in self._side_rows("thumbnail", int(key))}
+
+    def write_references(self, meta: Meta, references: Sequence[tuple[bytes, Vectors]]) -> None:
+        """Keep encoded pictures and what the embedder made of each, inside `writing`, instead of any before."""
+        self._replace_side(meta, "reference", _reference_rows(references))
+
+    def references(self) -> list[tuple[bytes, Vectors]]:
+        """What `write_references` kept."""
+        return [(image, np.frombuffer(vector, "<f4")) for _, image, vector in self._side_rows("reference")]
+
+    def write_cohort(self, meta: Meta, vectors: Vectors) -> None:
+        """Keep a table (C, D) of vectors that scores are normalised with, inside `writing`, instead of any before."""
+        self._replace_side(meta, "cohort", ((i, vector.astype("<f4").tobytes()) for i, vector in enumerate(vectors)))
+
+    def cohort(self) -> Vectors:
+        """(C, D) float32 as `write_cohort` kept it; C is 0 without one."""
+        blobs = [row[1] for row in self._side_rows("cohort")]
+        table = np.frombuffer(b"".join(blobs), "<f4").astype(np.float32)
+        return table.reshape(len(blobs), len(blobs[0]) // 4 if blobs else 0)
 
     def copy_to(self, folder: Path) -> None:
         """Copy one committed generation into an empty folder, while others read and this process may write."""
-        with self._reading():
-            target = sqlite3.connect(folder / DATABASE, isolation_level=None)
-            try:
-                self._connection.backup(target)
-                target.text_factory = bytes
-                rows = target.execute("SELECT key, value FROM meta").fetchall()
-            finally:
-                target.close()
+        target = sqlite3.connect(folder / DATABASE, isolation_level=None)
+        try:
+            self._connection.backup(target)
+            target.text_factory = bytes
+            rows = target.execute("SELECT key, value FROM meta").fetchall()
+        except sqlite3.Error as error:  # of the disk below the copy, or of a damaged gallery: the text says which
+            raise OSError(f"SQLite says: {error}") from error
+        finally:
+            target.close()
         os.chmod(folder / DATABASE, 0o600)
         meta = Meta.from_rows(rows)
         write_generation(folder / GENERATION, meta.uuid, meta.generation)
@@ -353,6 +397,26 @@ class Store:
                 "Nothing is lost; open the gallery again."
             ) from error
         self.truncate_log()
+
+    def erase_traces(self) -> None:
+        """Delete the cache and cut the log to nothing, so that what was deleted is in no file; waits 5 s for readers.
+
+        Raises:
+            GalleryError: Traces remain, in the files that it names.
+        """
+        self.require_writable()
+        remain = []
+        for path in (self.folder / CACHE).glob("*"):
+            try:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            except OSError as error:
+                remain.append(f"{path} ({error.strerror})")
+        self.truncate_log()
+        if remain:
+            raise GalleryError(
+                f"The removal is done, but the cache still holds traces of it: {', '.join(remain)}. Delete them "
+                "yourself."
+            )
 
     def truncate_log(self) -> None:
         """Fold the log into the database and cut it to nothing; waits 5 s for readers.
@@ -407,19 +471,20 @@ class Store:
             yield
         except GalleryDamaged as error:
             text = str(error)
-            raise GalleryDamaged(text if str(self.folder) in text else self._damaged(text)) from error
-        except sqlite3.DatabaseError as error:
+            raise GalleryDamaged(text if str(self.folder) in text else self.damaged(text)) from error
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # a damaged text, in SQLite's message too
             if isinstance(error, sqlite3.ProgrammingError):
                 raise GalleryError(f"The gallery {self.folder} is closed.") from error
-            raise GalleryDamaged(self._damaged(f"SQLite says: {error}")) from error
+            raise GalleryDamaged(self.damaged(f"SQLite says: {error}")) from error
 
     def _problem(self, text: str) -> None:
-        if not self._salvage:
-            raise GalleryDamaged(self._damaged(text))
+        if not self.salvaging:
+            raise GalleryDamaged(self.damaged(text))
         if text not in self.problems:
             self.problems.append(text)
 
-    def _damaged(self, what: str) -> str:
+    def damaged(self, what: str) -> str:
+        """What to say about damage: where, what, and the ways out."""
         return (
             f"The gallery {self.folder} is damaged: {what}. Put back a backup, or open it with salvage=True to read "
             "what is still whole."
@@ -428,41 +493,75 @@ class Store:
     def _check_schema(self) -> None:
         rows = self._connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
         found = sorted(row[0] for row in rows)
-        if found != sorted(text.encode() for text in (*SCHEMA, SEQUENCE_SCHEMA)):
+        if found != sorted(text.encode() for text in (*SCHEMA, *SIDE_TABLES.values(), SEQUENCE_SCHEMA)):
             self._problem("its schema is not that of a gallery")
 
-    def _read(self, meta: Meta, after: int) -> Contents:
+    def _delete_side(self, meta: Meta, table: str, keys: Iterable[Any]) -> None:
+        statement = f"DELETE FROM {table} WHERE {_key_of(table)} = ? RETURNING digest"
+        gone = [row[0] for key in keys for row in self._connection.execute(statement, (key,)).fetchall()]
+        meta.exchange_side(table, gone, -len(gone))
+
+    def _replace_side(self, meta: Meta, table: str, rows: Iterable[tuple[Any, ...]]) -> None:
+        self._connection.execute(f"DELETE FROM {table}")
+        meta.side[table] = [0, "0" * 32]
+        _insert(self._connection, meta, table, rows)
+
+    def _side_rows(self, table: str, key: Any = None) -> list[tuple[Any, ...]]:
+        """Rows of a side table without their digests, which fit; those under one key, or all in the order of keys."""
+        name = _key_of(table)
+        query, given = (f"ORDER BY {name}", ()) if key is None else (f"WHERE {name} = ?", (key,))
+        with self._reading():
+            rows = self._connection.execute(f"SELECT * FROM {table} {query}", given).fetchall()
+            if not all(_fits(table, row) for row in rows):
+                raise GalleryDamaged(f"the table {table} does not fit its digests")
+        return [row[:-1] for row in rows]
+
+    def _side_problems(self, meta: Meta) -> list[str]:
+        """Every row is looked up by its key: a damaged inner page may hide from a look-up what a scan still finds."""
+        problems = []
+        for table in SIDE_TABLES:
+            key = _key_of(table)
+            rows, xor, whole = 0, 0, True
+            for row in self._connection.execute(
+                f"SELECT found.* FROM {table} AS listed CROSS JOIN {table} AS found ON found.{key} = listed.{key}"
+            ):
+                whole = whole and _fits(table, row)
+                rows, xor = rows + 1, xor ^ xor_of([row[-1]])
+            if not whole or [rows, f"{xor:032x}"] != meta.side.get(table):
+                problems.append(f"the table {table} does not fit its digests")
+        return problems
+
+    def _read(self, meta: Meta, after: int, cancelled: Callable[[], bool]) -> Contents:
+        """Straight into tables of the right size: a million Python objects would cost more than the vectors."""
         cursor = self._connection.execute(
             "SELECT id, label, metadata, vector, digest FROM item WHERE id > ? ORDER BY id", (after,)
         )
-        ids: list[int] = []
+        dim, count = meta.dim or 0, 0
+        room = 2 * min(meta.count, meta.last_id - after) + 64  # memory that nobody touches costs nothing
+        ids, vectors = np.empty(room, np.int64), np.empty((room, dim), np.float32)
+        digests = np.empty((room, 16), np.uint8)
         labels: list[str] = []
         notes: list[str | None] = []
-        bad, parts, xor = [], [], 0
+        texts: dict[bytes, str] = {}  # equal texts share their memory
+        bad: list[int] = []
         while rows := cursor.fetchmany(4096):
-            blobs, digests = [], []
-            for key, label, note, vector, digest in rows:
-                try:
-                    if len(vector) != 4 * (meta.dim or 0) or _item_digest(key, label, note, vector) != digest:
-                        raise ValueError
-                    name, text = label.decode(), None if note is None else note.decode()
-                except (TypeError, ValueError, AttributeError, OverflowError):
-                    bad.append(key)
-                    continue
-                ids.append(key)
-                labels.append(name)
-                notes.append(text)
-                blobs.append(vector)
-                digests.append(digest)
-            parts.append(np.frombuffer(b"".join(blobs), dtype="<f4"))
-            xor ^= xor_of(digests)
-        vectors = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-        shaped: Vectors = vectors.astype(np.float32, copy=False).reshape(len(ids), meta.dim or 0)
-        problems = []
-        if bad:
-            some = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
-            problems.append(f"{len(bad)} templates do not fit their digests (id {some})")
-        return Contents(meta, np.array(ids, dtype=np.int64), labels, notes, shaped, xor, problems)
+            if cancelled():
+                raise GalleryError(f"The gallery {self.folder} was closed while it was read.")
+            whole = [row for row in rows if _well_formed(row, dim, texts)]
+            if len(whole) < len(rows):
+                bad += [row[0] for row in rows if not _well_formed(row, dim, texts)]
+            bad += [row[0] for row in whole[room - count :]]  # more than were counted
+            del whole[room - count :]
+            stop = count + len(whole)
+            ids[count:stop] = [row[0] for row in whole]
+            labels += [texts[row[1]] for row in whole]
+            notes += [None if row[2] is None else texts[row[2]] for row in whole]
+            vectors[count:stop] = np.frombuffer(b"".join(row[3] for row in whole), "<f4").reshape(-1, dim)
+            digests[count:stop] = np.frombuffer(b"".join(row[4] for row in whole), np.uint8).reshape(-1, 16)
+            count = stop
+        xor = int.from_bytes(np.bitwise_xor.reduce(digests[:count], axis=0).tobytes(), "big")
+        problems = [damaged_templates(bad)] if bad else []
+        return Contents(meta, ids[:count], labels, notes, vectors[:count], xor, problems, digests[:count])
 
     def _whole_problems(self, contents: Contents) -> list[str]:
         meta, problems = contents.meta, []
@@ -471,18 +570,7 @@ class Store:
         sequence = self._connection.execute("SELECT name, seq FROM sqlite_sequence").fetchall()
         if sequence != [(b"item", meta.last_id)]:
             problems.append("the counter of ids was changed")
-        requests = self._connection.execute("SELECT key, first_id, templates, content, digest FROM request").fetchall()
-        try:
-            whole = all(_request_digest(*row[:4]) == row[4] for row in requests)
-        except (TypeError, ValueError, OverflowError):
-            whole = False
-        if (
-            not whole
-            or len(requests) != meta.requests
-            or f"{xor_of([r[4] for r in requests]):032x}" != meta.requests_xor
-        ):
-            problems.append("the table of idempotency keys does not fit its digests")
-        return problems
+        return problems + self._side_problems(meta)
 
     def _acknowledged(self, owner: str) -> int:
         slots = read_generation(self.folder / GENERATION)
@@ -523,6 +611,57 @@ def new_uuid() -> str:
     return uuid.uuid4().hex
 
 
+def misfits(contents: Contents, start: int, stop: int) -> list[int]:
+    """Ids of the templates in these rows that do not fit their digests."""
+    assert contents.digests is not None
+    size = 4 * contents.vectors.shape[1]
+    blob = contents.vectors[start:stop].astype("<f4", copy=False).tobytes()
+    stored = contents.digests[start:stop].tobytes()
+    keys, labels, notes = contents.ids[start:stop].tolist(), contents.labels[start:stop], contents.metadata[start:stop]
+    bad = []
+    for row, (key, label, note) in enumerate(zip(keys, labels, notes, strict=True)):
+        text, vector = None if note is None else note.encode(), blob[row * size : row * size + size]
+        if _item_digest(key, label.encode(), text, vector) != stored[16 * row : 16 * row + 16]:
+            bad.append(key)
+    return bad
+
+
+def verified(contents: Contents) -> Contents:
+    """The templates that fit their digests; `problems` name the others."""
+    count = len(contents.ids)
+    bad = [key for start in range(0, count, 4096) for key in misfits(contents, start, min(start + 4096, count))]
+    if not bad:
+        return replace(contents, digests=None)
+    keep = ~np.isin(contents.ids, bad)
+    return Contents(
+        contents.meta,
+        contents.ids[keep],
+        [label for label, whole in zip(contents.labels, keep.tolist(), strict=True) if whole],
+        [note for note, whole in zip(contents.metadata, keep.tolist(), strict=True) if whole],
+        contents.vectors[keep],
+        contents.xor,
+        [*contents.problems, damaged_templates(bad)],
+    )
+
+
+def damaged_templates(ids: list[int]) -> str:
+    """What is wrong with templates that do not fit their digests."""
+    some = ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")
+    return f"{len(ids)} templates do not fit their digests (id {some})"
+
+
+def _well_formed(row: tuple[Any, ...], dim: int, texts: dict[bytes, str]) -> bool:
+    """Whether a row of `item` has the right shape; its texts are decoded into `texts`."""
+    _, label, note, vector, digest = row
+    try:
+        for text in (label,) if note is None else (label, note):
+            if text not in texts:
+                texts[text] = text.decode()
+        return (len(vector), len(digest)) == (4 * dim, 16)
+    except (TypeError, ValueError, AttributeError):
+        return False
+
+
 def xor_of(digests: Sequence[bytes]) -> int:
     """XOR of 16-byte digests as a number; 0 of none, -1 when one of them is no digest."""
     if not digests:
@@ -551,8 +690,35 @@ def _item_digest(key: int, label: bytes, metadata: bytes | None, vector: bytes) 
     ).digest()
 
 
-def _request_digest(key: bytes, first_id: int, templates: int, content: bytes) -> bytes:
-    return _blake2b(b"request", key, first_id.to_bytes(8, "little"), templates.to_bytes(8, "little"), content)
+def _insert(connection: sqlite3.Connection, meta: Meta, table: str, rows: Iterable[tuple[Any, ...]]) -> None:
+    """Add rows to a side table, each with its digest."""
+    digested = [(*row, _row_digest(table, row)) for row in rows]
+    if digested:
+        places = ", ".join("?" * len(digested[0]))
+        connection.executemany(f"INSERT INTO {table} VALUES ({places})", digested)
+    meta.exchange_side(table, [row[-1] for row in digested], len(digested))
+
+
+def _reference_rows(references: Sequence[tuple[bytes, Vectors]]) -> list[tuple[int, bytes, bytes]]:
+    return [(i, image, vector.astype("<f4").tobytes()) for i, (image, vector) in enumerate(references)]
+
+
+def _row_digest(table: str, row: tuple[Any, ...]) -> bytes:
+    """Of the columns of a side table: texts, bytes and whole numbers."""
+    parts = [cell.to_bytes(8, "little", signed=True) if isinstance(cell, int) else cell for cell in row]
+    return _blake2b(table.encode(), *(part.encode() if isinstance(part, str) else part for part in parts))
+
+
+def _fits(table: str, row: tuple[Any, ...]) -> bool:
+    """Whether a row of a side table fits the digest in its last column."""
+    try:
+        return bool(_row_digest(table, row[:-1]) == row[-1])
+    except (TypeError, ValueError, AttributeError):  # a cell of another type
+        return False
+
+
+def _key_of(table: str) -> str:
+    return SIDE_TABLES[table].split("(")[1].split()[0]
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -564,7 +730,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     )
     try:
         _pragmas(connection)
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         connection.close()
         raise GalleryDamaged(
             f"The gallery {path.parent} is damaged: SQLite says: {error}. Put back a backup."
@@ -607,7 +773,7 @@ def _connect_for_reading(folder: Path) -> sqlite3.Connection:
             connection.execute("PRAGMA mmap_size = 0")
             connection.execute("PRAGMA busy_timeout = 5000")
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             connection.close()
             # A write-protected folder cannot take the shared-memory file; without a log the file is all there is.
             if mode == "mode=ro" and "unable to open" in str(error) and not (log.exists() and log.stat().st_size):
@@ -618,6 +784,16 @@ def _connect_for_reading(folder: Path) -> sqlite3.Connection:
         connection.text_factory = bytes
         return connection
     raise AssertionError("the second mode returns or raises")
+
+
+def _refuse_links(folder: Path) -> None:
+    """In a gallery from elsewhere a link would have us write to, or empty, what it points at."""
+    for name in (DATABASE, DATABASE + "-wal", DATABASE + "-shm", LOCK, GENERATION, CACHE):
+        if (folder / name).is_symlink():
+            raise GalleryError(
+                f"{folder / name} is a link to {os.readlink(folder / name)}, but the files of a gallery lie in its own "
+                "folder. Put the file itself there; if the gallery came from elsewhere, do not trust it."
+            )
 
 
 def _refuse_network(folder: Path) -> None:

@@ -1,5 +1,21 @@
-"""Answers for people: pictures of decisions and of the embedding."""
+"""Answers for people: pictures of decisions and of the embedding, reports. Names load on first use."""
 
-from embedlab.serving.pictures import Decision as Decision
-from embedlab.serving.pictures import draw_decisions as draw_decisions
-from embedlab.serving.pictures import draw_map as draw_map
+from typing import TYPE_CHECKING
+
+from embedlab._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from embedlab.serving.pictures import Decision as Decision
+    from embedlab.serving.pictures import draw_decisions as draw_decisions
+    from embedlab.serving.pictures import draw_identifications as draw_identifications
+    from embedlab.serving.pictures import draw_map as draw_map
+    from embedlab.serving.report import audit_report as audit_report
+    from embedlab.serving.report import gallery_report as gallery_report
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        ".pictures": ["Decision", "draw_decisions", "draw_identifications", "draw_map"],
+        ".report": ["audit_report", "gallery_report"],
+    },
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
+from embedlab.retrieval.answers import Identification
+
 RIGHT, WRONG, REFUSED = "#1a7f37", "#cf222e", "#57606a"
+MOST_ROWS = 24  # answers on one sheet
+LONGEST_CAPTION = 22  # characters over a picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,20 +25,24 @@ class Decision:
     """One probe, what the gallery said, and what stands nearest.
 
     Args:
-        image: (H, W) or (H, W, C) uint8.
+        image: (H, W) or (H, W, C) uint8; None where there is no picture, for a neutral tile.
         verdict: Short line over the probe, such as "right: Ж".
         color: Of the frame: `RIGHT`, `WRONG` or `REFUSED`.
-        neighbours: Nearest templates, nearest first, as (image, caption).
+        neighbours: Nearest templates, nearest first, as (image or None, caption).
+        score: Of the best identity; None draws no scale.
+        threshold: What the score had to reach; None where there is none.
     """
 
-    image: np.ndarray
+    image: np.ndarray | None
     verdict: str
     color: str
-    neighbours: Sequence[tuple[np.ndarray, str]]
+    neighbours: Sequence[tuple[np.ndarray | None, str]]
+    score: float | None = None
+    threshold: float | None = None
 
 
 def draw_decisions(path: str | Path, decisions: Sequence[Decision], *, title: str, columns: int = 2) -> None:
-    """Draw one row per probe, the probe framed by the colour of the verdict, its neighbours beside it.
+    """Draw one row per probe: framed by the colour of the verdict, its score on a scale, its neighbours beside it.
 
     Args:
         path: PNG, SVG or PDF to write.
@@ -45,29 +53,98 @@ def draw_decisions(path: str | Path, decisions: Sequence[Decision], *, title: st
     if not decisions:
         raise ValueError("draw_decisions needs at least one decision, got none.")
     width = 1 + max(len(decision.neighbours) for decision in decisions)
+    scores = [value for decision in decisions for value in (decision.score, decision.threshold) if value is not None]
+    widths = [1.0] + [2.0] * bool(scores) + [1.0] * (width - 1)  # probe, scale, neighbours
     rows = math.ceil(len(decisions) / columns)
-    figure = Figure(figsize=(1.15 * columns * (width + 0.4), 1.35 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(1.15 * columns * (sum(widths) + 0.4), 1.35 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
     blocks = figure.subfigures(1, columns, wspace=0.06, squeeze=False)[0]
     for block, start in zip(blocks, range(0, len(decisions), rows), strict=False):
-        axes = block.subplots(rows, width, squeeze=False)
+        axes = block.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
         for axis in axes.flat:
             axis.set_axis_off()
         for row, decision in zip(axes, decisions[start : start + rows], strict=False):
             _show(row[0], decision.image, decision.verdict, decision.color)
-            for axis, (image, caption) in zip(row[1:], decision.neighbours, strict=False):
+            if scores:
+                _show_score(row[1], decision, (min(0.0, *scores), max(1.0, *scores)))
+            for axis, (image, caption) in zip(row[len(widths) - width + 1 :], decision.neighbours, strict=False):
                 _show(axis, image, caption, None)
     figure.savefig(path, dpi=130)
 
 
-def _show(axis: Any, image: np.ndarray, caption: str, color: str | None) -> None:
+def _show(axis: Any, image: np.ndarray | None, caption: str, color: str | None) -> None:
     axis.set_axis_on()
     axis.set(xticks=[], yticks=[])
-    axis.imshow(np.squeeze(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axis.set_title(caption, fontsize=7, color=color or "black", pad=2)
+    if image is None:
+        axis.set(facecolor="#f3f4f6", box_aspect=1)
+        axis.text(0.5, 0.5, "no picture", transform=axis.transAxes, ha="center", va="center", fontsize=6, color=REFUSED)
+    else:
+        axis.imshow(np.squeeze(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axis.set_title(caption, fontsize=7, color=color or "black", pad=2, parse_math=False)
     for spine in axis.spines.values():
         spine.set(color=color or "#d0d7de", linewidth=2.5 if color else 0.8)
+
+
+def _show_score(axis: Any, decision: Decision, ends: tuple[float, float]) -> None:
+    """The score as a dot on a scale, the threshold as a line across it."""
+    if decision.score is None:
+        return
+    low, high = ends
+    axis.plot([low, high], [0, 0], color="#d0d7de", linewidth=5, solid_capstyle="round", zorder=1)
+    axis.plot([decision.score], [0], "o", color=decision.color, markersize=8, zorder=3)
+    axis.text(decision.score, 0.5, f"{decision.score:.3f}", ha="center", fontsize=7.5, color=decision.color)
+    if decision.threshold is not None:
+        axis.plot([decision.threshold] * 2, [-0.35, 0.35], color="black", linewidth=1.5, zorder=2)
+        axis.text(decision.threshold, -0.85, f"threshold {decision.threshold:.3f}", ha="center", fontsize=6.5)
+    margin = 0.12 * (high - low)
+    axis.set(xlim=(low - margin, high + margin), ylim=(-1.6, 1.6))
+
+
+def draw_identifications(
+    path: str | Path,
+    answers: Sequence[Identification],
+    probes: Sequence[np.ndarray | None],
+    template: Callable[[int], np.ndarray | None],
+) -> None:
+    """Draw what a gallery answered: one row per probe with the decision, its score on a scale, and the neighbours.
+
+    Args:
+        path: PNG, SVG or PDF to write.
+        answers: Of `Gallery.identify`; the first 24 are drawn.
+        probes: One picture (H, W) or (H, W, C) uint8 per answer, None where there is none.
+        template: From the id of a template to its picture, or None.
+    """
+    rows = [
+        Decision(
+            image,
+            _short("unknown" if answer.label is None else answer.label),
+            REFUSED if answer.label is None else RIGHT,
+            [
+                (template(key), f"{_short(str(label))}\n{score:.3f}")
+                for key, label, score in zip(
+                    answer.neighbours.ids[0].tolist(),
+                    answer.neighbours.labels[0],
+                    answer.neighbours.scores[0],
+                    strict=True,
+                )
+                if key >= 0
+            ],
+            score=None if math.isnan(answer.score) else answer.score,
+            threshold=answer.threshold,
+        )
+        for answer, image in list(zip(answers, probes, strict=True))[:MOST_ROWS]
+    ]
+    title = "Probe (framed), its score, and the nearest templates"
+    if any(not answer.calibrated for answer in answers):
+        title += "; the gallery is not calibrated"
+    if len(answers) > MOST_ROWS:
+        title += f"; the first {MOST_ROWS} of {len(answers)}"
+    draw_decisions(path, rows, title=title, columns=1)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_CAPTION else text[: LONGEST_CAPTION - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def project(vectors: np.ndarray, *, seed: int = 0) -> np.ndarray:

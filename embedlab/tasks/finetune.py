@@ -94,7 +94,7 @@ def finetune(
         ],
         default_root_dir=run,
         enable_model_summary=False,
-        enable_progress_bar=False,
+        enable_progress_bar=progress,
         limit_val_batches=0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,

@@ -1,0 +1,138 @@
+"""What a gallery promises about strangers: its scores of them, and the calibration that they support."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from embedlab._types import Ids, Vectors
+from embedlab.retrieval.calibration import (
+    SMALLEST_TO_GROW,
+    Calibration,
+    calibrate_threshold,
+    match_threshold,
+    refuse_growth,
+    rise_with_growth,
+)
+from embedlab.retrieval.cohort import Cohort
+from embedlab.retrieval.scoring import best_identity, highest_pairs, identity_scores, in_chunks, sub_gallery_scores
+from embedlab.retrieval.snapshot import Snapshot
+
+MOST_LEFT_OUT = 2_000  # identities that play the stranger
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is to be promised: arguments of `Gallery.calibrate`."""
+
+    fpir: float
+    fmr: float
+    confidence: float
+    growth: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fmr < 1:
+            raise ValueError(f"fmr lies between 0 and 1, got {self.fmr}; 1 % is 0.01.")
+
+
+@dataclass(frozen=True)
+class Strangers:
+    """Probes of nobody that is enrolled.
+
+    Args:
+        vectors: (N, D) of norm 1.
+        names: N names; a None is a stranger of its own.
+        own: (N,) identity of each probe that is taken for removed, where the strangers are the enrolled themselves.
+    """
+
+    vectors: Vectors
+    names: Sequence[str | None]
+    own: Ids | None = None
+
+
+def left_out(now: Snapshot, seed: int = 0) -> Strangers:
+    """The enrolled as strangers, each in a gallery from which it is removed; at most `MOST_LEFT_OUT`, by chance."""
+    if len(now.names) < 2:
+        raise ValueError(
+            f"leave_identity_out needs at least two enrolled identities, one to play the stranger to the other; this "
+            f"gallery has {len(now.names)}."
+        )
+    chosen = np.random.default_rng(seed).permutation(len(now.names))[:MOST_LEFT_OUT]
+    templates = np.flatnonzero(np.isin(now.codes, chosen))
+    own = now.codes[templates]
+    return Strangers(now.take(templates), [now.names[code] for code in own.tolist()], own)
+
+
+def promise(now: Snapshot, cohort: Cohort | None, strangers: Strangers, targets: Targets) -> Calibration:
+    """Both thresholds of a gallery from its scores of strangers; see `Gallery.calibrate`."""
+    identities = len(now.names)
+    refuse_growth(targets.growth, identities, now.meta.settings["fusion"])
+    probes, names, own = strangers.vectors, strangers.names, strangers.own
+    if own is None:
+        scores = best_identity(now, probes, cohort)[1]
+    else:
+        scores = np.concatenate([part.max(axis=1) for _, part in in_chunks(now, probes, cohort, own)])
+    found = calibrate_threshold(scores, names, fpir=targets.fpir, confidence=targets.confidence)
+    if identities >= SMALLEST_TO_GROW:
+        tables = sub_gallery_scores(now, probes, cohort, own) | {float(identities): scores[:, None]}
+        rise, levels = rise_with_growth(
+            tables, names, fpir=targets.fpir, growth=targets.growth, confidence=targets.confidence
+        )
+        if rise:
+            found = calibrate_threshold(scores, names, fpir=targets.fpir, confidence=targets.confidence, rise=rise)
+        weights = _weights(names)
+        sizes = tuple(
+            (count, levels[count], float(np.average((table >= found.threshold).mean(axis=1), weights=weights)))
+            for count, table in sorted(tables.items())
+        )
+        found = replace(found, sub_galleries=sizes)
+    pairs, shares = highest_pairs(now, probes, cohort, names, targets.fmr, own)
+    limit, bound, observed = match_threshold(
+        pairs, shares, fmr=targets.fmr, effective=found.effective_strangers, confidence=targets.confidence
+    )
+    return replace(
+        found,
+        gallery_identities=identities,
+        gallery_templates=len(now),
+        verification_threshold=limit,
+        fmr=targets.fmr,
+        fmr_bound=bound,
+        fmr_observed=observed,
+        growth=float(targets.growth),
+        source="strangers" if own is None else "leave-identity-out",
+    )
+
+
+def with_genuine(
+    now: Snapshot, cohort: Cohort | None, found: Calibration, probes: Vectors, claims: Sequence[str]
+) -> Calibration:
+    """The calibration with what probes (N, D) of enrolled identities make of it; each identity counts the same."""
+    truth = np.array([now.code_of(name) for name in claims], dtype=np.int64)
+    best, scores = best_identity(now, probes, cohort)
+    own = np.empty(len(probes), np.float32)
+    for code in np.unique(truth):
+        rows = truth == code
+        own[rows] = identity_scores(now, probes[rows], cohort, codes=np.array([code]))[:, 0]
+    weights = 1 / np.bincount(truth)[truth]
+
+    def detected(threshold: float) -> float:
+        return float(np.average((best == truth) & (scores >= np.float32(threshold)), weights=weights))
+
+    assert found.verification_threshold is not None
+    return replace(
+        found,
+        genuine_images=len(probes),
+        detection_rate=detected(found.threshold),
+        true_accept_rate=float(np.average(own >= np.float32(found.verification_threshold), weights=weights)),
+        curve=tuple((limit, fpir, bound, detected(limit)) for limit, fpir, bound, _ in found.curve),
+    )
+
+
+def _weights(names: Sequence[str | None]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    counts: dict[object, int] = {}
+    keys = [("alone", row) if name is None else name for row, name in enumerate(names)]
+    for key in keys:
+        counts[key] = counts.get(key, 0) + 1
+    return np.array([1 / counts[key] for key in keys])

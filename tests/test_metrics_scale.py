@@ -1,0 +1,283 @@
+"""Evaluation at scale: what is fast, bounded or resumable gives what is slow, whole and unbroken."""
+
+import socket
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+
+from embedlab import metrics
+from embedlab.metrics import _pairs, _progress, _ranking
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """The bfloat16 screen on any processor and on small sets; the panels are many, the last one is short."""
+    monkeypatch.setattr(_ranking, "_bfloat16_torch", lambda work: torch)
+    monkeypatch.setattr(_ranking, "SCREEN_FROM", 1)
+    monkeypatch.setattr(_ranking, "PANEL", 700)
+    monkeypatch.setattr(_ranking, "BUDGET", 1 << 20)
+    refused = []
+    screened = _ranking.Search._screened
+
+    def watch(self, query, found, ids):
+        rest = screened(self, query, found, ids)
+        refused.append((len(rest), len(query)))
+        return rest
+
+    monkeypatch.setattr(_ranking.Search, "_screened", watch)
+    return refused
+
+
+def exact_neighbours(query, reference, count):
+    query, reference = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (query, reference))
+    scores = np.round(query @ reference.T, 12)
+    ids = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    return ids, np.take_along_axis(scores, ids, axis=1)
+
+
+def directions(kind, rows, dim, random):
+    vectors = random.standard_normal((rows, dim))
+    if kind == "clusters":
+        vectors = 3 * random.standard_normal((20, dim))[random.integers(0, 20, rows)] + vectors
+    if kind == "duplicates":
+        vectors = np.repeat(vectors[: rows // 7 + 1], 7, axis=0)[:rows] * random.uniform(0.1, 10, (rows, 1))
+    if kind == "near ties":  # around a few directions, differences from 1e-12 to 1e-2: far below what bfloat16 sees
+        vectors = vectors[random.integers(0, 60, rows)]
+        vectors += 10.0 ** random.uniform(-12, -2, (rows, 1)) * random.standard_normal((rows, dim))
+    if kind == "midpoints":  # every number half-way between two bfloat16, pushed to either side: the worst rounding
+        grid = np.exp2(random.integers(-3, 0, (rows, dim))) * (1 + (random.integers(0, 128, (rows, dim)) + 0.5) / 128)
+        signs = np.sign(vectors[random.integers(0, 60, rows)])
+        vectors = signs * grid * (1 + 1e-5 * random.choice([-1, 1], (rows, 1)))
+    return vectors
+
+
+@pytest.mark.parametrize("dim", [2, 24, 130])
+@pytest.mark.parametrize("kind", ["random", "clusters", "duplicates", "near ties", "midpoints"])
+def test_a_bfloat16_screen_loses_no_neighbour(kind, dim, screen):
+    random = np.random.default_rng(dim)
+    reference, query = directions(kind, 3000, dim, random), directions(kind, 60, dim, random)
+    query[:20] = reference[:20]
+    found = _ranking.Search(_ranking.Rows(reference, "reference"))
+    ids, scores = found.nearest(_ranking.Rows(query, "query").unit(slice(None)), 5)
+    want, cosines = exact_neighbours(query, reference, 5)
+    np.testing.assert_array_equal(ids, want)
+    np.testing.assert_allclose(scores, cosines, atol=1e-6)
+    refused, asked = screen[0]
+    assert asked == 60
+    if dim > 2 and kind in ("random", "clusters"):
+        assert refused < 30, "the test would pass without a screen"
+
+
+@pytest.mark.parametrize("dim", [3, 64, 300])
+def test_the_bound_of_the_screen_holds_for_every_pair(dim, screen):
+    """Including roundings that all point the same way, where the bound is nearly reached."""
+    random = np.random.default_rng(dim)
+    for kind in ("random", "midpoints"):
+        single = directions(kind, 800, dim, random)
+        single = (single / np.linalg.norm(single, axis=1, keepdims=True)).astype(np.float32)
+        filter_ = _ranking.Screen(torch, single)
+        exact = single.astype(np.float64) @ single.astype(np.float64).T
+        coarse = (filter_.reference @ filter_.reference.T).float().numpy().astype(np.float64)
+        own = filter_._residual(single, filter_.reference)[:, None]
+        slack = own * (1 + filter_.residual) + filter_.residual + 4 * (dim + 2) * 2.0**-24 * (1 + own) ** 2
+        difference = np.abs(coarse - exact)
+        assert (difference <= slack + np.abs(coarse) * 2.0**-8).all()
+        for row in range(0, 800, 100):
+            places = next(filter_.pass_on(single[row : row + 1], 10, 800))[1][0]
+            kept = set(places[places >= 0].tolist())
+            assert not kept or set(np.argsort(-exact[row])[:10].tolist()) <= kept
+
+
+def test_a_cut_is_never_above_what_the_proof_allows():
+    patterns = np.arange(0x3000, 0x3F90, dtype=np.int16)  # positive bfloat16 up to a little above 1
+    value = _ranking._widened(patterns).astype(np.float64)
+    before = _ranking._widened(patterns - 1).astype(np.float64)
+    for slack in (0.0, 1e-7, 0.003, 0.02):
+        cut = _ranking._cut(patterns, np.full(len(patterns), slack))
+        allowed = (value + before) / 2 - 2 * slack
+        assert (_ranking._widened(cut[cut > 0]).astype(np.float64) <= allowed[cut > 0]).all()
+        assert (cut > 0)[allowed > 1e-3].all()
+
+
+def test_a_collapsed_encoder_and_opposite_vectors_pass_by_the_screen(screen):
+    random = np.random.default_rng(0)
+    collapsed = np.ones((1500, 16)) + 1e-3 * random.standard_normal((1500, 16))
+    opposite = -collapsed[:4]
+    ids, _ = _ranking.Search(_ranking.Rows(collapsed, "reference")).nearest(
+        _ranking.Rows(np.concatenate([collapsed[:6], opposite]), "query").unit(slice(None)), 4
+    )
+    np.testing.assert_array_equal(ids, exact_neighbours(np.concatenate([collapsed[:6], opposite]), collapsed, 4)[0])
+    assert screen[0] == (10, 10)
+
+
+def test_metrics_with_and_without_a_screen_are_the_same(screen, monkeypatch):
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 200, 2500)
+    vectors = (random.standard_normal((200, 32))[labels] + random.standard_normal((2500, 32))).astype(np.float32)
+    vectors[100:140] = vectors[200:240]
+    screened = metrics.retrieval_report(vectors, labels)
+    knn = metrics.knn_accuracy(vectors[:2000], labels[:2000], vectors[2000:], labels[2000:], k=9)
+    assert screen
+    monkeypatch.setattr(_ranking, "SCREEN_FROM", 1 << 60)
+    plain = metrics.retrieval_report(vectors, labels)
+    for name, values in plain.per_query.items():
+        np.testing.assert_array_equal(screened.per_query[name], values)
+    assert metrics.knn_accuracy(vectors[:2000], labels[:2000], vectors[2000:], labels[2000:], k=9) == knn
+
+
+def all_pairs(vectors, labels, groups=None):
+    """Score and kind of every pair, by loops."""
+    unit = vectors.astype(np.float64) / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    pairs = [
+        (round(float(unit[i] @ unit[j]), 12), bool(labels[i] == labels[j]))
+        for i in range(len(unit))
+        for j in range(i + 1, len(unit))
+        if groups is None or groups[i] != groups[j]
+    ]
+    return [np.array(side) for side in zip(*pairs, strict=True)]
+
+
+@pytest.mark.parametrize("tile", [1024, 13], ids=["one tile", "tiles"])
+@pytest.mark.parametrize("grouped", [False, True], ids=["", "groups"])
+@pytest.mark.parametrize("kind", ["continuous", "ties"])
+def test_all_pairs_streamed_equal_all_pairs_listed(kind, grouped, tile, monkeypatch):
+    monkeypatch.setattr(_pairs, "TILE", tile)
+    random = np.random.default_rng(4)
+    labels = random.integers(0, 7, 90)
+    vectors = random.standard_normal((7, 5))[labels] + random.standard_normal((90, 5))
+    if kind == "ties":
+        vectors = np.sign(vectors)
+    groups = random.integers(0, 30, 90) if grouped else None
+    scores, same = all_pairs(vectors, labels, groups)
+    far = [0.5, 0.1, 0.01, 1 / (~same).sum()]
+    report = metrics.verification_report(vectors, [f"person {n}" for n in labels], far=far, groups=groups)
+    assert report.auc == pytest.approx(metrics.roc_auc(scores, same), abs=1e-13)
+    assert report.eer == pytest.approx(metrics.eer(scores, same), abs=1e-13)
+    assert report.tar == tuple(metrics.tar_at_far(scores, same, far))
+    assert (report.genuine, report.impostors) == (same.sum(), (~same).sum())
+    for rate, threshold, target in zip(report.tar, report.threshold, far, strict=True):
+        assert (scores[same] >= threshold - 1e-13).mean() == rate
+        assert (scores[~same] >= threshold - 1e-13).mean() <= target + 1e-12
+    assert report.resolution == 1e-12
+    assert report.to_dict()["auc"] == report.auc
+
+
+def test_more_genuine_pairs_than_can_be_held_cost_six_decimals_only(monkeypatch):
+    random = np.random.default_rng(4)
+    labels = random.integers(0, 7, 200)
+    vectors = random.standard_normal((7, 9))[labels] + random.standard_normal((200, 9))
+    exact = metrics.verification_report(vectors, labels)
+    monkeypatch.setattr(_pairs, "HELD", 10)
+    coarse = metrics.verification_report(vectors, labels)
+    assert coarse.resolution == 1e-6
+    assert coarse.auc == pytest.approx(exact.auc, abs=1e-6)
+    assert coarse.eer == pytest.approx(exact.eer, abs=1e-3)  # a pair or two
+    assert coarse.far == exact.far == (0.1, 0.01, 0.001)
+    np.testing.assert_allclose(coarse.tar, exact.tar, atol=1e-3)
+
+
+def test_pairs_are_never_held():
+    random = np.random.default_rng(0)
+    labels = np.arange(5000) // 4
+    vectors = random.standard_normal((1250, 8))[labels] + random.standard_normal((5000, 8))
+    tracemalloc.start()
+    metrics.verification_report(vectors, labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * _ranking.BUDGET  # cosines of all pairs would be 100 MB, and sorting them 200
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda: metrics.verification_report(np.eye(3), [0, 0, 0]), "needs both, got 3 genuine and 0 impostors"),
+        (lambda: metrics.verification_report(np.eye(3), [0, 1, 2]), "needs both, got 0 genuine and 3 impostors"),
+        (lambda: metrics.verification_report(np.eye(3), [0, 1]), "labels has 2 entries for 3 rows"),
+        (lambda: metrics.verification_report(np.eye(3), [0, 0, 1], far=0.1), "far=0.1 cannot be measured on 2 impost"),
+        (lambda: metrics.verification_report(np.eye(3), [0, 0, 1], far=5), "not a percentage"),
+    ],
+)
+def test_verification_of_a_set_refuses_and_says_why(function, text):
+    with pytest.raises(ValueError, match=text):
+        function()
+
+
+def test_a_broken_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(_ranking, "CHUNK", 16)
+    monkeypatch.setattr(_progress, "SAVE_SECONDS", 0.0)
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 12, 150)
+    vectors = random.standard_normal((150, 6))
+    want = metrics.retrieval_report(vectors, labels)
+    ranked = []
+    shallow = _ranking.Problem._shallow
+
+    def breaking(self, rows, depth, count):
+        if len(ranked) == 4:
+            raise KeyboardInterrupt
+        ranked.append(len(rows))
+        return shallow(self, rows, depth, count)
+
+    state = tmp_path / "deep" / "state"
+    monkeypatch.setattr(_ranking.Problem, "_shallow", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        metrics.retrieval_report(vectors, labels, state=state)
+    assert state.exists()
+    first = sum(ranked)
+    ranked[:] = [0] * 5
+    got = metrics.retrieval_report(vectors, labels, state=state)
+    assert 0 < first < 150
+    assert sum(ranked) == 150 - first
+    for name, values in want.per_query.items():
+        np.testing.assert_array_equal(got.per_query[name], values)
+    ranked[:] = [0] * 5
+    assert metrics.retrieval_report(vectors, labels, state=state).values == want.values
+    assert sum(ranked) == 0, "all was done"
+    assert [path.name for path in state.parent.iterdir()] == ["state"]
+    other = vectors.copy()
+    other[77, 3] += 1e-9
+    with pytest.raises(ValueError, match="other vectors, labels, groups or k"):
+        metrics.retrieval_report(other, labels, state=state)
+    with pytest.raises(ValueError, match="other vectors, labels, groups or k"):
+        metrics.retrieval_report(vectors, labels, k=[7], state=state)
+    state.write_bytes(state.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="not a readable state file.*Delete it"):
+        metrics.retrieval_report(vectors, labels, state=state)
+
+
+WORKER = """
+import sys
+import numpy as np, torch.distributed as dist
+from embedlab.metrics import each_sample_once, retrieval_report
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+random = np.random.default_rng(0)
+labels = random.integers(0, 4, 31)
+vectors = random.standard_normal((31, 5)).astype(np.float32)
+index = np.append(np.arange(rank, 31, 2), np.zeros(rank, int))  # 31 samples on two ranks: sample 0 is there twice
+found, z, y = each_sample_once(index, vectors[index], labels[index])
+assert found.tolist() == list(range(31)) and (z == vectors).all() and (y == labels).all()
+print(retrieval_report(z, y).values == retrieval_report(vectors, labels).values)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.ddp
+def test_padding_of_a_distributed_sampler_is_not_counted():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), port], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ["True", "True"]
+
+
+def test_rows_that_do_not_fit_their_index_are_refused():
+    with pytest.raises(ValueError, match="index has 2 entries for 3 rows"):
+        metrics.each_sample_once([0, 1], [1, 2, 3])
