@@ -301,8 +301,9 @@ def _add_gallery(commands: Any) -> None:
     create = verb("create", _create, "make an empty gallery")
     create.add_argument("--encoder", help="folder of a saved encoder, or an ONNX file; it is copied into the gallery")
     create.add_argument("--dim", type=int, help="numbers per vector, for a gallery of ready-made vectors")
-    create.add_argument("--fusion", choices=["max", "mean", "vote"], default="max", help="over an identity's templates")
+    _add_settings(create)
     create.add_argument("--thumbnails", action="store_true", help="keep a small picture of every enrolled image")
+    _add_configuring(verb("configure", _configure, "change how scores are made or neighbours are searched"))
     enroll = verb("enroll", _enroll, "add templates", path=True)
     enroll.add_argument("--label", help="one identity for all images; otherwise labels come from PATH")
     enroll.add_argument("--key", help="name of this request: repeating it adds nothing")
@@ -318,7 +319,8 @@ def _add_gallery(commands: Any) -> None:
     merge.add_argument("into")
     verb("list", _list, "identities with their number of templates")
     search = verb("search", _search, "nearest templates", path=True)
-    search.add_argument("-k", type=_count, default=10)
+    search.add_argument("-k", type=_count, default=10, help="neighbours of each probe (default: 10)")
+    search.add_argument("--per", choices=["template", "identity"], default="template", help="what -k counts")
     identify = verb("identify", _identify, "name each image, or say unknown", path=True, several=True)
     identify.add_argument("-k", type=_count, default=5, help="neighbours that come with each answer")
     identify.add_argument("--one-probe", action="store_true", help=ONE_PROBE_HELP)
@@ -326,19 +328,38 @@ def _add_gallery(commands: Any) -> None:
     verify = verb("verify", _verify, "check that an image shows who it claims to", path=True)
     verify.add_argument("--label", required=True, help="the claimed identity")
     verify.add_argument("--one-probe", action="store_true", help=ONE_PROBE_HELP)
-    calibrate = verb("calibrate", _calibrate, "set the unknown threshold from strangers", path=True, optional=True)
-    calibrate.add_argument("--fpir", type=float, default=0.01, help="promised false-positive identification rate")
-    calibrate.add_argument("--fmr", type=float, help="promised false match rate of verify (default: fpir)")
-    calibrate.add_argument("--growth", type=float, default=1.0, help="promised for up to so many times the identities")
-    calibrate.add_argument(
-        "--leave-identity-out", action="store_true", help="without PATH: the enrolled play the strangers; a makeshift"
-    )
+    _add_promising(verb("calibrate", _calibrate, "set the unknown threshold from strangers", path=True, optional=True))
     verb("check", _check, "verify every byte")
     verb("backup", _backup, "copy one consistent state").add_argument("out", type=Path)
     verb("compact", _compact, "give free space back")
     verb("info", _info, "what the gallery holds and promises")
     report = verb("report", _report, "one HTML file: promise, identities with pictures, look-alikes, wrong labels")
     report.add_argument("--out", type=Path, default=Path("report.html"), help="file to write (default: report.html)")
+
+
+def _add_promising(parser: Any) -> None:
+    parser.add_argument("--fpir", type=float, default=0.01, help="promised false-positive identification rate")
+    parser.add_argument("--fmr", type=float, help="promised false match rate of verify (default: fpir)")
+    parser.add_argument("--growth", type=float, default=1.0, help="promised for up to so many times the identities")
+    parser.add_argument("--one-probe", action="store_true", help="all images of a label are one probe")
+    parser.add_argument(
+        "--leave-identity-out", action="store_true", help="without PATH: the enrolled play the strangers; a makeshift"
+    )
+
+
+def _add_settings(parser: Any) -> None:
+    fusions, searches = ["max", "mean", "vote"], ["auto", "exact", "ivf", "hnsw"]
+    parser.add_argument("--fusion", choices=fusions, help="over an identity's templates (a new gallery: max)")
+    parser.add_argument("--vote-k", type=_count, help="templates that vote (a new gallery: 10)")
+    parser.add_argument("--search", choices=searches, help="how neighbours are found (a new gallery: auto)")
+    parser.add_argument("--search-recall", type=float, help="that an index must reach (a new gallery: 0.999)")
+
+
+def _add_configuring(parser: Any) -> None:
+    _add_settings(parser)
+    parser.add_argument("--normalisation", choices=["as-norm", "none"], help="of scores; as-norm takes a cohort")
+    parser.add_argument("--cohort", metavar="PATH", help=f"others, not enrolled nor calibrated with: {VECTORS_HELP}")
+    parser.add_argument("--cohort-k", type=_count, help="highest scores with the cohort that count")
 
 
 # ---- reading what PATH names ---------------------------------------------------------------------------------------
@@ -377,7 +398,12 @@ def _source(path: str, select: list[str] | None) -> Source:
 def _probes(options: argparse.Namespace, gallery: Any) -> Embeddings:
     """Vectors with labels and paths, whatever PATH is; images go through the gallery's own encoder."""
     if _is_vectors(options.path):
-        return _vectors(options.path, options.labels)
+        return _selected_vectors(options.path, options.labels, options.select)
+    if options.labels:
+        raise ValueError(
+            f"--labels belongs to files of vectors, and {options.path} holds images: these are labelled by their "
+            "folder or a manifest, or all alike by 'gallery enroll --label'."
+        )
     source = _source(options.path, options.select)
     found: Embeddings = gallery.embed(source, on_error=options.on_error)
     return found
@@ -716,9 +742,37 @@ def _create(options: argparse.Namespace) -> Result:
     from embedlab.retrieval import Gallery
 
     with Gallery.create(
-        options.gallery, options.encoder, dim=options.dim, fusion=options.fusion, thumbnails=options.thumbnails
+        options.gallery, options.encoder, dim=options.dim, thumbnails=options.thumbnails, **_settings(options)
     ) as gallery:
         return {**gallery.info(), "text": f"{options.gallery}: empty gallery for {gallery.dim} numbers per vector"}
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given."""
+    names = ("fusion", "vote_k", "search", "search_recall")
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _configure(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval import Gallery
+
+    wanted = _settings(options) | {
+        name: getattr(options, name) for name in ("normalisation", "cohort_k") if getattr(options, name) is not None
+    }
+    if not wanted and not options.cohort:
+        raise ValueError("gallery configure takes what to change, such as --fusion mean; 'gallery info' shows it all.")
+    with Gallery.open(options.gallery) as gallery:
+        cohort = None
+        if options.cohort:
+            vectors = _is_vectors(options.cohort)
+            cohort = _vectors(options.cohort, None) if vectors else gallery.embed(_source(options.cohort, None))
+        before = gallery.calibration
+        gallery.configure(cohort=cohort, **wanted)
+        lost = before is not None and gallery.calibration is None
+        text = f"{options.gallery} is configured" + (
+            " and not calibrated any more; run 'embedlab gallery calibrate'" if lost else ""
+        )
+        return {**gallery.info(), "text": text}
 
 
 def _enroll(options: argparse.Namespace) -> Result:
@@ -734,7 +788,7 @@ def _enroll(options: argparse.Namespace) -> Result:
             "enrolled": len(ids),
             "identities": len(counts),
             "templates": len(gallery),
-            "text": f"enrolled {len(ids)}; {options.gallery} holds {len(gallery)} of {len(counts)} identities",
+            "text": f"enrolled {len(ids)} templates; {options.gallery} has {len(gallery)} of {len(counts)} identities",
         }
 
 
@@ -782,7 +836,7 @@ def _search(options: argparse.Namespace) -> Result:
 
     with Gallery.open(options.gallery, read_only=True) as gallery:
         probes = _probes(options, gallery)
-        found = gallery.search(embeddings=probes.vectors, k=options.k)
+        found = gallery.search(embeddings=probes.vectors, k=options.k, per=options.per)
     rows: list[Result] = []
     for row, name in enumerate(_names(probes)):
         ranked = zip(found.ids[row].tolist(), found.labels[row], found.scores[row].tolist(), strict=True)
@@ -816,6 +870,8 @@ def _identify(options: argparse.Namespace) -> Result:
             + ", ".join(sorted({str(row["best"]) for row in rows})[:5])
             + ". Run 'embedlab gallery calibrate' with images of strangers."
         )
+    elif rows and not report:
+        lines.append(f"threshold {rows[0]['threshold']:.4f}")
     if report:
         lines.append(_open_set_lines(report))
     return {"results": rows, "report": report, "text": "\n".join(lines)}
@@ -877,9 +933,13 @@ def _calibrate(options: argparse.Namespace) -> Result:
 
     if options.leave_identity_out == (options.path is not None):
         raise ValueError("gallery calibrate takes either PATH with strangers or --leave-identity-out.")
+    if options.leave_identity_out and options.one_probe:
+        raise ValueError("--one-probe belongs to PATH with strangers; --leave-identity-out asks with single templates.")
     with Gallery.open(options.gallery) as gallery:
+        strangers = None if options.leave_identity_out else _probes(options, gallery)
         found = gallery.calibrate(
-            embeddings=None if options.leave_identity_out else _probes(options, gallery),
+            embeddings=strangers,
+            probes=_require_labels(strangers.labels, options.path) if strangers and options.one_probe else None,
             leave_identity_out=options.leave_identity_out,
             fpir=options.fpir,
             fmr=options.fmr,
@@ -927,7 +987,12 @@ def _info(options: argparse.Namespace) -> Result:
 
     with Gallery.open(options.gallery, read_only=True) as gallery:
         info = gallery.info()
-    lines = [f"{name:12s}  {value}" for name, value in info.items() if not isinstance(value, dict)]
+    shown = {name: value for name, value in info.items() if not isinstance(value, dict)}
+    shown |= info["settings"] | {"normalisation": "as-norm" if info["settings"].get("normalisation") else "none"}
+    shown["search"] = f"{info['search']['kind']}, now {info['search']['used']}"
+    if promise := info["calibration"]:
+        shown |= {name: promise[name] for name in ("threshold", "verification_threshold", "fpir", "bound", "source")}
+    lines = [f"{name:22s}  {value}" for name, value in shown.items() if value is not None]
     return {**info, "text": "\n".join(lines)}
 
 

@@ -75,7 +75,7 @@ def test_every_figure_equals_the_float64_loops(noise, chunk, monkeypatch) -> Non
     vectors[7] = 3 * vectors[60] + 0.001  # cosine above 0.999, without a tie
     labels[33], labels[90] = labels[90], labels[33]
     labels[119] = "alone"
-    found = audit(vectors, labels, fpir=0.2)
+    found = audit(vectors, labels, fpir=0.3)
     assert found.calibration is not None
     want = naive_audit(vectors, labels, found.calibration.threshold, 0.999)
     assert [row.id for row in found.mislabelled] == [row for _, row in want["wrong"]]
@@ -112,7 +112,7 @@ def test_what_was_planted_is_at_the_top() -> None:
     vectors[500] = 0.5 * vectors[808]
     near = vectors[240] / np.linalg.norm(vectors[240])  # the identities of rows 240 and 248 become look-alikes
     vectors[240:256] = near + np.random.default_rng(1).normal(0, 0.05, (16, 32))
-    found = audit(vectors, labels, fpir=0.05)
+    found = audit(vectors, labels, fpir=0.1)
     assert {row.id for row in found.mislabelled[:4]} == {*planted, 500}
     suggested = {row.id: row.suggestion for row in found.mislabelled}
     assert {row: suggested[row] for row in planted} == {row: f"p{row // 8:03d}" for row in planted}
@@ -157,7 +157,7 @@ def test_too_few_identities_get_no_threshold_and_hear_why() -> None:
     vectors, labels = clusters(10, 3)
     found = audit(vectors, labels)
     assert found.calibration is None
-    assert "needs 299 strangers" in found.refusal
+    assert "needs 597 strangers" in found.refusal
     assert "no threshold" in found.to_text()
     assert found.confused == ()
     given = audit(vectors, labels, threshold=-1.0)
@@ -193,12 +193,12 @@ def test_command_line_takes_what_people_have(tmp_path, capsys) -> None:
     np.save(tmp_path / "v.npy", vectors.astype(np.float32))
     (tmp_path / "labels.txt").write_text("\n".join(labels), encoding="utf-8")
     report = tmp_path / "new" / "audit.html"
-    call = ["audit", str(tmp_path / "v.npy"), str(tmp_path / "labels.txt"), "--fpir", "0.1"]
+    call = ["audit", str(tmp_path / "v.npy"), str(tmp_path / "labels.txt"), "--fpir", "0.2"]
     assert main([*call, "--json", "--out", str(report)]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["mislabelled"][0]["id"] == 5
     assert result["mislabelled"][0]["suggestion"] == "p001"
-    assert result["calibration"]["bound"] <= 0.1
+    assert result["calibration"]["bound"] <= 0.2
     assert "May be mislabelled" in report.read_text(encoding="utf-8")
     assert main(call) == 0
     assert "5: p020 -> p001?" in capsys.readouterr().out

@@ -269,6 +269,43 @@ def test_a_gallery_of_ready_made_vectors_needs_no_encoder(tmp_path, capsys) -> N
     assert ask(capsys, "gallery", "list", tmp_path / "g")["identities"] == {"ann": 2, "bob": 1, "eve": 1}
 
 
+def ask_text(capsys, *arguments) -> str:
+    assert main([*map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_gallery_is_configured_and_flags_that_do_nothing_are_refused(pictures, tmp_path, capsys) -> None:
+    vectors, labels, others = tmp_path / "v.npy", tmp_path / "labels.txt", tmp_path / "others.npy"
+    random = np.random.default_rng(0)
+    np.save(vectors, np.eye(4, dtype=np.float32))
+    np.save(others, random.standard_normal((20, 4)).astype(np.float32))
+    labels.write_text("ann\nbob\neve\nann\n")
+    gallery = tmp_path / "g"
+    made = ask(capsys, "gallery", "create", gallery, "--dim", "4", "--search", "exact", "--vote-k", "3")
+    assert (made["search"]["kind"], made["settings"]["vote_k"]) == ("exact", 3)
+    assert "rows of a manifest" in fails(capsys, "gallery", "enroll", gallery, vectors, "--select", "split=test")
+    assert "--labels belongs to files of vectors" in fails(
+        capsys, "gallery", "enroll", gallery, pictures / "c00", "--labels", labels
+    )
+    assert "No such file or folder" in fails(capsys, "audit", vectors, tmp_path / "none.txt")
+    assert "Vectors come as" in fails(capsys, "audit", pictures / "c00" / "0.png", labels)
+    ask(capsys, "gallery", "enroll", gallery, vectors, "--labels", labels)
+    assert "fpir lies between" in fails(capsys, "gallery", "calibrate", gallery, others, "--fpir", "2")
+    assert "at the threshold" not in ask_text(capsys, "audit", vectors, labels)
+    found = ask(capsys, "gallery", "search", gallery, vectors, "-k", "2", "--per", "identity")
+    assert len({near["label"] for near in found["results"][0]["neighbours"]}) == 2
+    assert "what to change" in fails(capsys, "gallery", "configure", gallery)
+    changed = ask(capsys, "gallery", "configure", gallery, "--fusion", "mean", "--search-recall", "0.9")
+    assert (changed["settings"]["fusion"], changed["search"]["recall"]) == ("mean", 0.9)
+    np.save(vectors, random.standard_normal((40, 4)).astype(np.float32))
+    labels.write_text("\n".join(f"stranger {number // 2}" for number in range(40)))
+    promised = ["gallery", "calibrate", gallery, vectors, "--labels", labels, "--fpir", "0.5"]
+    assert ask(capsys, *promised)["images"] == 40
+    assert ask(capsys, *promised, "--one-probe")["images"] == 20
+    ask(capsys, "gallery", "configure", gallery, "--normalisation", "as-norm", "--cohort", others, "--cohort-k", "5")
+    assert "as-norm" in ask_text(capsys, "gallery", "info", gallery)
+
+
 def test_open_set_trial_from_the_command_line(run, capsys) -> None:
     result = ask(
         capsys, "evaluate", run / "split.csv", "--encoder", run / "encoder", "--select", "split=test,calibrate",

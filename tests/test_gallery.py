@@ -109,7 +109,7 @@ def test_identify_verify_and_calibrate_equal_slow_fusion(tmp_path, fusion):
         others, names = strangers()
         probes, claims = people(noise=0.5, seed=0)
         found = gallery.calibrate(
-            embeddings=np.concatenate([others, probes]), labels=names + claims, fpir=0.05, fmr=0.02
+            embeddings=np.concatenate([others, probes]), labels=names + claims, fpir=0.05, fmr=0.04
         )
         stored = gallery.embeddings()
         tables = [slow_fusion(stored, query, fusion, 7) for query in unit(others)]
@@ -126,7 +126,7 @@ def test_identify_verify_and_calibrate_equal_slow_fusion(tmp_path, fusion):
         matches = sum(score >= found.verification_threshold for table in tables for score in table.values())
         assert matches / (len(tables) * 20) == pytest.approx(found.fmr_observed)
         assert found.observed <= found.bound <= 0.05
-        assert found.fmr_observed <= found.fmr_bound <= 0.02
+        assert 0 < found.fmr_observed <= found.fmr_bound <= 0.04
         right = [a.label == c for a, c in zip(gallery.identify(embeddings=probes), claims, strict=True)]
         assert found.detection_rate == pytest.approx(np.mean(right))
         accepted = [gallery.verify(c, embedding=p).accepted for p, c in zip(probes, claims, strict=True)]
@@ -755,6 +755,72 @@ def test_purge_says_what_remains_while_a_reader_holds_the_log(gallery):
     reader.close()
     assert "person 1" not in gallery
     gallery.compact()
+
+
+def test_a_purge_leaves_no_copy_of_what_sqlite_has_moved(tmp_path):
+    """Removing rows merges pages, and between the rows of a merged page copies of others may stay."""
+    random_, gone = np.random.default_rng(0), []
+    with Gallery.create(tmp_path / "g", dim=128) as gallery:
+        for step in range(60):
+            count = int(random_.integers(1, 30))
+            gallery.enroll(embeddings=random_.standard_normal((count, 128)), labels=f"p{step}")
+            now = gallery.embeddings()
+            chosen = random_.choice(now.ids, min(len(now) - 1, int(random_.integers(1, 25))), replace=False)
+            gone += [vector.tobytes() for vector in now.vectors[np.isin(now.ids, chosen)]]
+            if len(chosen):
+                gallery.remove(ids=chosen, purge=step == 59)
+        content = b"".join(path.read_bytes() for path in gallery.folder.rglob("*") if path.is_file())
+        assert not [vector for vector in gone if vector in content]
+        assert all(vector.tobytes() in content for vector in gallery.embeddings().vectors)
+
+
+def test_a_full_disk_on_opening_holds_no_lock_for_ever(gallery, monkeypatch):
+    gallery.close()
+    write = os.write
+
+    def full(handle, content):
+        if content.startswith(b'{"pid"'):
+            raise OSError(28, "No space left on device")
+        return write(handle, content)
+
+    monkeypatch.setattr(os, "write", full)
+    with Gallery.open(gallery.folder) as again:
+        with pytest.raises(GalleryLocked, match="open for writing in another process"):
+            Gallery.open(gallery.folder)
+        assert len(again) == 60
+    monkeypatch.undo()
+    Gallery.open(gallery.folder).close()
+
+
+def test_a_reader_that_cannot_follow_says_so_until_it_can(gallery, monkeypatch):
+    with Gallery.open(gallery.folder, read_only=True) as reader:
+        gallery.remove("person 1")
+
+        def damaged(*args, **options):
+            raise GalleryDamaged("a page is torn")
+
+        monkeypatch.setattr(type(reader._store), "load", damaged)
+        for _ in range(2):
+            with pytest.raises(GalleryDamaged, match="a page is torn"):
+                reader.labels()
+        monkeypatch.undo()
+        assert "person 1" not in reader.labels()
+
+
+def test_questions_about_ids_and_numbers_are_answered_or_explained(gallery):
+    one = np.ones((1, 16))
+    with pytest.raises(ValueError, match=r"1 of 1 ids are not in the gallery: '7'"):
+        gallery.thumbnail("7")
+    with pytest.raises(ValueError, match=r"1 of 2 labels are not in the gallery: 3\."):
+        gallery.remove(["person 1", 3])
+    with pytest.raises(ValueError, match="where is a dict of metadata"):
+        gallery.search(embeddings=one, where="north")
+    assert gallery.remove(ids=2) == 1
+    with pytest.raises(ValueError, match=r"1 of 1 ids are not in the gallery: 2\."):
+        gallery.remove(ids=[2])
+    gallery.enroll(embeddings=one, labels="half", quality=np.float32(0.5))
+    assert gallery.metadata()[61] == {"quality": 0.5}
+    assert len(gallery.identify(embeddings=np.vstack([one, one]), probes=["a", "a"], quality=[1e-7, 1e-7])) == 1
 
 
 def test_backup_while_changing_is_a_whole_generation(gallery, tmp_path):

@@ -70,9 +70,8 @@ def killed_at_random(folder, kills, *, early=False):
     return acknowledged
 
 
-@pytest.mark.parametrize("kills", full_tier(20, 200))
-def test_kills_while_an_index_is_built_and_cached_lose_nothing(tmp_path, monkeypatch, kills):
-    monkeypatch.setattr(indexing, "FEWEST_ROWS", 40)
+def killed_while_an_index_is_cached(tmp_path, kills):
+    """Kill a worker again and again, and search what is left; returns how often a cache was found."""
     folder, dice, model, cached = tmp_path / "g", random.Random(1), Model(), 0
     with Gallery.create(folder, means, thumbnails=True, search="hnsw", search_recall=0.5) as gallery:
         step = {"do": "enroll", "seed": 0, "labels": ["n0"] * 100, "key": None}
@@ -95,8 +94,30 @@ def test_kills_while_an_index_is_built_and_cached_lose_nothing(tmp_path, monkeyp
                 near = gallery.search(embeddings=stored.vectors, k=1)
                 table = stored.vectors.astype(np.float64)
                 np.testing.assert_allclose(near.scores[:, 0], (table @ table.T).max(1), atol=1e-5)
+    return cached
+
+
+@pytest.fixture
+def small_indexes(monkeypatch):
+    monkeypatch.setattr(indexing, "FEWEST_ROWS", 40)
+
+
+@pytest.mark.parametrize("kills", full_tier(20, 200))
+def test_kills_while_an_index_is_built_and_cached_lose_nothing(tmp_path, small_indexes, kills):
+    cached = killed_while_an_index_is_cached(tmp_path, kills)
     print(f"\n{kills} kills while an index is built and cached: 0 lost, {cached} times a cache was found after them")
     assert cached > kills // 4
+
+
+def test_a_cached_index_that_passes_for_newer_than_it_is_is_found(tmp_path, small_indexes, monkeypatch):
+    read = indexing.Index.read
+
+    def claimed(path, known):  # as if it knew every template, whatever was enrolled since it was built
+        return read(path, known | {"last_id": 1 << 40})
+
+    monkeypatch.setattr(indexing.Index, "read", claimed)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        killed_while_an_index_is_cached(tmp_path, 40)
 
 
 @pytest.mark.parametrize("kills", full_tier(60, 1000))

@@ -4,6 +4,7 @@ Short tiers run with the suite; `pytest -m full -s tests/test_gallery_faults.py`
 """
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,9 @@ from harness_gallery import (
 from embedlab import Gallery
 from embedlab.retrieval import GalleryError
 from embedlab.retrieval import store as storage
+from embedlab.retrieval.store import Store
 
+HARNESS = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "OMP_NUM_THREADS": "1"}
 PROBES = np.random.default_rng(5).standard_normal((3, 4))
 
 
@@ -215,7 +219,8 @@ for kilobytes in json.loads(sys.argv[2]):
     removed = set()
     try:
         with Gallery.open(folder) as gallery:
-            assert len(gallery.labels()) - acknowledged in (0, 1), (len(gallery.labels()), acknowledged)
+            there = len(gallery.labels())
+            assert there - acknowledged in (0, 1), f"{there} of {acknowledged} acknowledged enrollments are there"
             held = set(gallery.labels())
             gallery.identify(embeddings=np.ones((1, 64)))
             gallery.remove("p0")
@@ -232,28 +237,53 @@ for kilobytes in json.loads(sys.argv[2]):
     print("size", kilobytes, acknowledged, flush=True)
 """
 
+SWALLOWED = """
+from embedlab import Gallery
+from embedlab.retrieval import GalleryError
+honest = Gallery.enroll
+def enroll(gallery, **given):
+    try:
+        honest(gallery, **given)
+    except GalleryError as error:
+        if "stopped writing" in str(error):
+            raise
+Gallery.enroll = enroll
+"""
+
+
+def filled(tmp_path, sizes, planted=""):
+    """Fill disks of so many kilobytes, with a bug planted; returns what was printed."""
+    shell = ["unshare", "-rm", sys.executable, "-c", planted + FULL, str(tmp_path), json.dumps(sizes)]
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("NO DISK FILLED: 'unshare -rm' is not allowed here, which makes a small disk in memory.")
+    done = subprocess.run(shell, capture_output=True, text=True, check=False, env=HARNESS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("size") == len(sizes)
+    return done.stdout
+
 
 @pytest.mark.parametrize("sizes", full_tier([1500, 4096], [1000 + 700 * i for i in range(20)]))
 def test_a_full_disk_loses_nothing(tmp_path, sizes):
-    shell = ["unshare", "-rm", sys.executable, "-c", FULL, str(tmp_path), json.dumps(sizes)]
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
-        pytest.skip("NO DISK FILLED: 'unshare -rm' is not allowed here, which makes a small disk in memory.")
-    done = subprocess.run(shell, capture_output=True, text=True, check=False, env={"PYTHONPATH": ":".join(sys.path)})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("size") == len(sizes)
-    print(f"\n{len(sizes)} full disks: 0 acknowledged enrollments lost\n{done.stdout}")
+    print(f"\n{len(sizes)} full disks: 0 acknowledged enrollments lost\n{filled(tmp_path, sizes)}")
+
+
+def test_an_enrollment_that_swallows_the_error_of_the_disk_is_found(tmp_path):
+    with pytest.raises(AssertionError, match=r"AssertionError: \d+ of \d+ acknowledged enrollments are there"):
+        filled(tmp_path, [1500], SWALLOWED)
 
 
 # ---- several at once -------------------------------------------------------------------------------------------------
 
 WRITER = """
-import sys, time
+import os, sys, time
 import numpy as np
 from embedlab import Gallery
 from embedlab.retrieval import GalleryLocked
 from harness_gallery import Log
 folder, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 log, made, refused, longest = Log(f"{folder}.{name}"), 0, 0, 0.0
+while not all(os.path.exists(f"{folder}.{other}") for other in "ab"):
+    time.sleep(0.001)
 while made < count:
     start = time.monotonic()
     try:
@@ -264,32 +294,52 @@ while made < count:
         time.sleep(0.001)
         continue
     with gallery:
+        log.note("holds", time.monotonic())
         for _ in range(min(10, count - made)):
             log.note("id", int(gallery.enroll(embeddings=np.ones((1, 4)), labels=f"{name} {made}")[0]))
             made += 1
+        log.note("lets go", time.monotonic())
     time.sleep(0.002)
 log.note("refused", [refused, longest])
 """
 
+UNLOCKED = """
+from embedlab.retrieval import store
+store._lock_file = lambda handle: None
+"""
 
-@pytest.mark.parametrize("count", full_tier(100, 1000))
-def test_two_writers_lose_and_repeat_nothing(tmp_path, count):
-    folder = tmp_path / "g"
+
+def two_writers(folder, count, planted=""):
+    """Two processes that enroll in turns, with a bug planted; returns their refusals."""
     Gallery.create(folder, dim=4).close()
-    environment = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path]), "OMP_NUM_THREADS": "1"}
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(folder), name, str(count)], env=environment)
+        subprocess.Popen([sys.executable, "-c", planted + WRITER, str(folder), name, str(count)], env=HARNESS)
         for name in "ab"
     ]
-    assert [writer.wait() for writer in writers] == [0, 0]
+    codes = [writer.wait() for writer in writers]
     lines = [line for name in "ab" for line in read_log(f"{folder}.{name}")]
+    turns = sorted((moment, kind) for kind, moment in lines if kind in ("holds", "lets go"))
+    for (_, before), (moment, after) in pairwise(turns):
+        assert before != after, f"two writers held the gallery at the same time, at {moment}"
+    assert codes == [0, 0]
     ids = [content for kind, content in lines if kind == "id"]
     refusals = [content for kind, content in lines if kind == "refused"]
     with Gallery.open(folder) as gallery:
         assert sorted(ids) == gallery.embeddings().ids.tolist() == list(range(1, 2 * count + 1))
         assert set(gallery.labels()) == {f"{name} {i}" for name in "ab" for i in range(count)}
     assert sum(times for times, _ in refusals) > 0
+    return refusals
+
+
+@pytest.mark.parametrize("count", full_tier(100, 1000))
+def test_two_writers_lose_and_repeat_nothing(tmp_path, count):
+    refusals = two_writers(tmp_path / "g", count)
     print(f"\n2 x {count} enrollments by two writers: {refusals} refusals and the longest in seconds, 0 lost, 0 twice")
+
+
+def test_a_lock_that_is_not_taken_is_found(tmp_path):
+    with pytest.raises(AssertionError, match="two writers held the gallery at the same time"):
+        two_writers(tmp_path / "g", 40, UNLOCKED)
 
 
 READER = """
@@ -319,9 +369,11 @@ def change_often(gallery, expected, generations):
             last += 2
 
 
-@pytest.mark.parametrize("generations", full_tier(20, 1000))
-def test_readers_see_only_committed_generations(tmp_path, generations):
-    """Four threads, two of them with readers of their own, and a process, while one writes as fast as it can."""
+def watched(tmp_path, generations):
+    """Four threads, two of them with readers of their own, and a process look while one writes as fast as it can.
+
+    Returns how often they looked.
+    """
     gallery = create(tmp_path / "g")
     expected, odd, looks, done = {gallery.generation: frozenset()}, [], Counter(), threading.Event()
 
@@ -339,8 +391,8 @@ def test_readers_see_only_committed_generations(tmp_path, generations):
             looks[threading.get_ident()] += 1
             time.sleep(0.01)  # Python runs one thread at a time: the writer wants to write
 
-    log, environment = tmp_path / "log", {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path])}
-    process = subprocess.Popen([sys.executable, "-c", READER, str(tmp_path / "g"), str(log)], env=environment)
+    log = tmp_path / "log"
+    process = subprocess.Popen([sys.executable, "-c", READER, str(tmp_path / "g"), str(log)], env=HARNESS)
     while not log.exists() or not log.stat().st_size:
         assert process.poll() is None
         time.sleep(0.01)
@@ -358,16 +410,30 @@ def test_readers_see_only_committed_generations(tmp_path, generations):
         side.close()
     seen = read_log(log)
     odd += [line for line in seen if expected[line[0]] != frozenset(line[1])]
-    total = looks.total() + len(seen)
-    print(f"\n{generations} generations, {total} looks by 4 threads and a process: {len(odd)} wrong")
-    assert odd == []
+    assert not odd, f"{len(odd)} looks at what was never committed: {odd[:3]}"
     assert [generation for generation, _ in seen] == sorted(generation for generation, _ in seen)
     assert len({generation for generation, _ in seen}) > 3
     assert len(looks) == 4
+    return looks.total() + len(seen)
 
 
-@pytest.mark.parametrize("count", full_tier(6, 100))
-def test_backups_while_writing_are_committed_generations(tmp_path, count):
+@pytest.mark.parametrize("generations", full_tier(20, 1000))
+def test_readers_see_only_committed_generations(tmp_path, generations):
+    looks = watched(tmp_path, generations)
+    print(f"\n{generations} generations, {looks} looks by 4 threads and a process: 0 wrong")
+
+
+def test_a_reader_that_mixes_generations_is_found(tmp_path, monkeypatch):
+    def followed(reader, old):  # what is new, and the facts of now, but what went stays
+        return old.appended(reader._store.load(after=old.meta.last_id))
+
+    monkeypatch.setattr(Gallery, "_followed", followed)
+    with pytest.raises(AssertionError, match="looks at what was never committed"):
+        watched(tmp_path, 60)
+
+
+def backed_up(tmp_path, count):
+    """So many backups during writes; returns their sizes."""
     gallery, done = create(tmp_path / "g"), threading.Event()
     generation = gallery.generation
 
@@ -378,17 +444,37 @@ def test_backups_while_writing_are_committed_generations(tmp_path, count):
     writer = threading.Thread(target=write)
     writer.start()
     sizes = []
-    for number in range(count):
-        with Gallery.open(gallery.backup(tmp_path / str(number)), means) as copy:
-            assert len(copy) == 2 * (copy.generation - generation)
-            assert copy.check().ok
-            sizes.append(len(copy))
-        shutil.rmtree(tmp_path / str(number))
-    done.set()
-    writer.join()
-    gallery.close()
-    print(f"\n{count} backups during writes: all whole, {sizes[0]} to {sizes[-1]} templates")
+    try:
+        for number in range(count):
+            acknowledged = gallery.generation
+            with Gallery.open(gallery.backup(tmp_path / str(number)), means) as copy:
+                assert copy.generation >= acknowledged, f"a backup lacks {acknowledged - copy.generation} generations"
+                assert len(copy) == 2 * (copy.generation - generation)
+                assert copy.check().ok
+                sizes.append(len(copy))
+            shutil.rmtree(tmp_path / str(number))
+    finally:
+        done.set()
+        writer.join()
+        gallery.close()
     assert sizes == sorted(sizes)
+    return sizes
+
+
+@pytest.mark.parametrize("count", full_tier(6, 100))
+def test_backups_while_writing_are_committed_generations(tmp_path, count):
+    sizes = backed_up(tmp_path, count)
+    print(f"\n{count} backups during writes: all whole, {sizes[0]} to {sizes[-1]} templates")
+
+
+def test_a_backup_that_copies_the_file_of_a_live_database_is_found(tmp_path, monkeypatch):
+    def copy_to(store, folder):  # what stands in the log only is not in the copy
+        shutil.copyfile(store.folder / storage.DATABASE, folder / storage.DATABASE)
+        storage.write_generation(folder / storage.GENERATION, store.opened.uuid, 0)
+
+    monkeypatch.setattr(Store, "copy_to", copy_to)
+    with pytest.raises(AssertionError, match=r"a backup lacks \d+ generations"):
+        backed_up(tmp_path, 6)
 
 
 # ---- erasure ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +81,22 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     write_embeddings(tmp_path / "e", some(2), protocol={"run": 2}, overwrite=True)
     assert (read_protocol(tmp_path / "e")["run"], len(read_embeddings(tmp_path / "e"))) == (2, 2)
     assert os.listdir(tmp_path) == ["e"]
+
+
+def test_an_overwriting_that_fails_at_the_last_moment_puts_the_old_back(tmp_path, monkeypatch):
+    write_embeddings(tmp_path / "e", some(5), protocol={"run": 1})
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name.startswith(".e.new-") and not self.name.endswith(".old"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_embeddings(tmp_path / "e", some(2), protocol={"run": 2}, overwrite=True)
+    assert len(read_embeddings(tmp_path / "e")) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
 
 
 def test_reserved_keys_and_foreign_folders_are_refused(tmp_path):

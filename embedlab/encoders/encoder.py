@@ -307,6 +307,11 @@ def _digest(text: bytes, weights: bytes) -> str:
 
 
 def _read_checked(folder: Path) -> tuple[dict[str, Any], bytes]:
+    if folder.suffix == ".onnx":
+        raise EncoderError(
+            f"{folder} is an exported file, which galleries and 'embedlab serve' run; this command takes the folder of "
+            "the saved encoder that it was exported from."
+        )
     try:
         text, weights = (folder / "encoder.json").read_bytes(), (folder / "encoder.safetensors").read_bytes()
     except OSError as error:

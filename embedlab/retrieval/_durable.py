@@ -34,11 +34,11 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    old = building.with_name(building.name + ".old")
     try:
         yield building
         for path in [*sorted(building.rglob("*"), reverse=True), building]:
             sync(path)
-        old = building.with_name(building.name + ".old")
         if replace and folder.exists():
             folder.rename(old)
         elif folder.exists():
@@ -47,5 +47,7 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(building, ignore_errors=True)
         raise

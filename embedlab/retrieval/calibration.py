@@ -16,6 +16,7 @@ MOST_GROWTH = 3.0  # times the present number of identities
 SMALLEST_TO_GROW = 16  # identities: two in each eighth of the gallery
 BOOTSTRAPS = 200
 CURVE_POINTS = 100
+RATES = {"fpir": "false-positive identification rate", "fmr": "false match rate"}
 
 
 class CalibrationError(ValueError):
@@ -34,7 +35,8 @@ class Calibration:
         confidence: Of the bound, 0.95: of twenty calibrations one may break its promise.
         strangers: Stranger identities.
         images: Their images.
-        effective_strangers: Independent strangers that those images are worth, between the two.
+        effective_strangers: Independent strangers that those images are worth, between the two; half of it by
+            leave-identity-out.
         correlation: Intraclass correlation of the scores of one stranger, 0 to 1.
         gallery_identities: Enrolled identities at the time; a gallery that grows takes more strangers for somebody.
         gallery_templates: Enrolled templates at the time.
@@ -115,7 +117,13 @@ def upper_bound(rate: Any, effective: Any, confidence: float = 0.95) -> Floats:
 
 
 def calibrate_threshold(
-    scores: Any, identities: Sequence[str | None], *, fpir: float, confidence: float = 0.95, rise: float = 0.0
+    scores: Any,
+    identities: Sequence[str | None],
+    *,
+    fpir: float,
+    confidence: float = 0.95,
+    rise: float = 0.0,
+    mutual: bool = False,
 ) -> Calibration:
     """Set the smallest threshold at which strangers stay unknown as promised.
 
@@ -140,6 +148,8 @@ def calibrate_threshold(
         fpir: Target false-positive identification rate, in (0, 1).
         confidence: That the rate is at most the target, in (0, 1).
         rise: Added to the threshold, for a gallery that is to grow; see `rise_with_growth`.
+        mutual: The strangers were scored against one another. Two that look alike then both raise a false alarm, so
+            that alarms come in twos: two strangers count for one, and twice as many are needed.
 
     Returns:
         The calibration; without a rise the threshold lies one float above the highest score that must stay unknown.
@@ -169,13 +179,14 @@ def calibrate_threshold(
     groups = _numbers(identities)  # (N,) identity number of each image
     sizes = np.bincount(groups)  # (n,) images of each identity
     correlation = _score_correlation(values.astype(np.float64), groups, sizes)
-    effective = float(_effective(sizes, correlation))
-    refuse_if_unsupported(len(sizes), len(values), fpir, confidence, effective=effective)
+    share = 0.5 if mutual else 1.0
+    effective = share * float(_effective(sizes, correlation))
+    refuse_if_unsupported(len(sizes), len(values), fpir, confidence, effective=effective, mutual=mutual)
 
     order = np.argsort(-values, kind="stable")
     descending = values[order]
     rates = np.cumsum(1.0 / (len(sizes) * sizes[groups[order]]))  # FPIR with the j + 1 highest scores let through
-    worth = _effective(sizes, np.maximum(correlation, _hit_correlation(groups[order], sizes)))
+    worth = share * _effective(sizes, np.maximum(correlation, _hit_correlation(groups[order], sizes)))
     bounds = upper_bound(np.minimum(rates, 1), worth, confidence)
     threshold, passed = _lowest(descending, bounds, fpir)
     if rise:
@@ -361,17 +372,27 @@ def _effective(sizes: np.ndarray[Any, Any], correlation: Any) -> Floats:
 
 
 def refuse_if_unsupported(
-    identities: int, images: int, fpir: float, confidence: float = 0.95, *, effective: float | None = None
+    identities: int,
+    images: int,
+    target: float,
+    confidence: float = 0.95,
+    *,
+    effective: float | None = None,
+    mutual: bool = False,
+    rate: str = "fpir",
 ) -> None:
     """Raise CalibrationError when so many strangers cannot support the target, whatever their scores."""
-    needed = strangers_needed(fpir, confidence)
+    each = 2 if mutual else 1  # see `calibrate_threshold`
+    needed = each * strangers_needed(target, confidence)
     if identities < needed * (1 - 1e-12):
-        possible = 1 - (1 - confidence) ** (1 / identities)
+        possible = 1 - (1 - confidence) ** (each / identities)
         worth = "" if effective is None else f" (by the spread of their scores worth {effective:.0f} independent ones)"
         raise CalibrationError(
-            f"A false-positive identification rate of {fpir:g} with {confidence:.0%} confidence needs "
+            f"A {RATES[rate]} of {target:g} with {confidence:.0%} confidence needs "
             f"{math.ceil(needed - 1e-9)} strangers; these {images} images show {identities}, and ten pictures of one "
-            f"stranger are not ten strangers{worth}. Bring more strangers, or ask for fpir >= {possible:.3g}."
+            f"stranger are not ten strangers{worth}. "
+            + ("They play the stranger to one another, so that two count for one. " if mutual else "")
+            + f"Bring more strangers, or ask for {rate} >= {possible:.3g}."
         )
 
 

@@ -184,6 +184,7 @@ def read_vectors(path: str | Path, labels_path: str | Path | None = None) -> Emb
         found = Embeddings(_table(array, path), None, np.arange(len(array), dtype=np.int64))
     if labels_path is None:
         return found
+    _require_file(Path(labels_path))
     return Embeddings(found.vectors, _labels(Path(labels_path), found.ids), found.ids, found.paths)
 
 
@@ -361,11 +362,20 @@ def _labels_by_id(path: Path, ids: Ids) -> list[str]:
     return [labels[key] for key in ids.tolist()]
 
 
+def _require_file(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"No such file or folder: {path}; looked in {Path.cwd()}.")
+
+
 def _load_npy(path: Path) -> np.ndarray[Any, Any]:
+    _require_file(path)
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no NumPy .npy file that can be read without pickle: {error}") from error
+        raise ValueError(
+            f"{path} is no NumPy .npy file that is whole and can be read without pickle. Vectors come as .npy, "
+            ".parquet, .faiss or stored embeddings; from images 'embedlab embed' makes these."
+        ) from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} is an .npz archive; save the one array with numpy.save instead.")
     return array

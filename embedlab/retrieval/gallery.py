@@ -117,8 +117,8 @@ class Gallery:
             vote_k: Templates that vote.
             search: How neighbours are found: "exact"; "ivf" or "hnsw", by an index; "auto", by an index in a large
                 gallery. An index is used only where it meets `search_recall`, and searches are exact until it is built.
-            search_recall: Share of probes for which the nearest template must be found, as measured on the gallery's
-                own vectors; these probes are decided as by exact search, whatever the threshold.
+            search_recall: Share of probes that must be decided as by exact search, at the worst threshold, as measured
+                on the gallery's own vectors.
             thumbnails: Keep a small picture of every image that is enrolled, for people who look at answers: a JPEG of
                 at most 128 pixels a side. It goes when its template goes.
 
@@ -174,14 +174,16 @@ class Gallery:
         """
         folder = Path(folder)
         store = Store(folder, read_only=read_only or salvage, salvage=salvage)
+        gallery = None
         try:
-            gallery = cls(store, None)
+            references = [] if embedder is None else store.references()
+            gallery = cls(store, None)  # which may go on reading, and whoever wants the store waits for it
             for problem in store.problems:
                 logger.warning("Gallery %s: %s", folder, problem)
             if embedder is not None:
-                gallery._embedder = gallery._accepted(as_embedder(embedder))
+                gallery._embedder = gallery._accepted(as_embedder(embedder), references)
         except BaseException:
-            store.close()
+            (store if gallery is None else gallery).close()  # what reads behind must not lose its connection
             raise
         return gallery
 
@@ -248,7 +250,7 @@ class Gallery:
                         f"The gallery {self.folder} was made with the function {meta.fingerprint}, which cannot be "
                         "stored; hand it to Gallery.open(folder, function), or pass embeddings=."
                     )
-                self._embedder = self._accepted(as_embedder(self.folder / "encoder"))
+                self._embedder = self._accepted(as_embedder(self.folder / "encoder"), self._store.references())
             return self._embedder
 
     @property
@@ -296,13 +298,14 @@ class Gallery:
             ValueError: No such template.
         """
         with self._mutex:
-            self._require_present([template], self._now().ids.tolist())
+            self._require_present(self._now(), [template], "id")
             return self._store.thumbnails([template]).get(int(template))
 
     def embeddings(self) -> Embeddings:
         """All templates with labels and ids; a copy."""
         now = self._now()
-        return Embeddings(now.vectors.copy(), now.labels.tolist(), now.ids.copy())
+        vectors = now.vectors.copy() if now.alive is None else now.vectors
+        return Embeddings(vectors, now.labels.tolist(), now.ids.copy())
 
     def info(self) -> dict[str, Any]:
         """What a person would ask about this gallery, as JSON knows it.
@@ -312,7 +315,7 @@ class Gallery:
         """
         now = self._now()
         found = _calibration(now.meta)
-        size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        size = sum(map(_size, self.folder.rglob("*")))
         return {
             "folder": str(self.folder),
             "format_version": now.meta.format_version,
@@ -413,9 +416,9 @@ class Gallery:
         Args:
             labels: Identities.
             ids: Or templates.
-            purge: Also empty the write-ahead log and the cache before returning, so that no file of the gallery holds
-                the vectors or thumbnails any more. Backups, and blocks that the file system has given back, are out of
-                reach.
+            purge: Also write the database anew and empty the write-ahead log and the cache before returning, so that
+                no file of the gallery holds the vectors or thumbnails any more; takes as long, and as much disk, as
+                `compact`. Backups, and blocks that the file system has given back, are out of reach.
 
         Returns:
             Templates removed.
@@ -429,8 +432,9 @@ class Gallery:
             raise ValueError("remove takes either labels or ids.")
         with self._mutex:
             now = self._now()
-            wanted = unique([labels] if isinstance(labels, str) else labels if labels is not None else ids)
-            self._require_present(wanted, now.names if labels is not None else now.ids.tolist())
+            given = labels if labels is not None else ids
+            wanted = unique([given] if isinstance(given, str | int | np.integer) else given)
+            self._require_present(now, wanted, "label" if labels is not None else "id")
             if not wanted:
                 return 0
             if labels is not None:
@@ -452,7 +456,7 @@ class Gallery:
             ValueError: `old` is not enrolled or `new` is.
         """
         with self._mutex:
-            if new in self._now().names:
+            if new in self:
                 raise ValueError(f"{new!r} is enrolled already; merge({old!r}, {new!r}) makes one identity of both.")
             return self._relabel(old, new)
 
@@ -463,7 +467,7 @@ class Gallery:
             ValueError: One of them is not enrolled, or both are the same.
         """
         with self._mutex:
-            self._require_present([into], self._now().names)
+            self._require_present(self._now(), [into], "label")
             if source == into:
                 raise ValueError(f"{source!r} cannot be merged into itself.")
             return self._relabel(source, into)
@@ -574,6 +578,8 @@ class Gallery:
         if per not in ("template", "identity"):
             raise ValueError(f"per is what k counts, 'template' or 'identity'; got {per!r}.")
         ask = neighbours if per == "template" else nearest_identities
+        if where is not None and not isinstance(where, dict):
+            raise ValueError(f'where is a dict of metadata, such as {{"site": "north"}}; got {where!r}.')
         return ask(now, queries, positive(k), None if where is None else now.where(where))
 
     def identify(
@@ -635,7 +641,7 @@ class Gallery:
             ValueError: The identity is not enrolled, or no image came.
         """
         now, cohort = self._scoring()
-        self._require_present([label], now.names)
+        self._require_present(now, [label], "label")
         if image is not None and not isinstance(image, str | Path):
             image = image[None] if getattr(image, "ndim", 0) == 3 else image
         vectors = self._vectors(image, None if embedding is None else np.atleast_2d(as_array(embedding)))
@@ -675,9 +681,10 @@ class Gallery:
             probes: N names that say which images are one probe, as in `identify`; all of one label.
             leave_identity_out: Without any strangers, let every enrolled identity play the stranger to all others. A
                 makeshift: pictures for enrollment are seldom like those at the door, and the promise holds only as far
-                as they are.
+                as they are. It takes twice as many identities as strangers: false alarms among them come in twos.
             fpir: Target false-positive identification rate per stranger identity.
-            fmr: Target false match rate of `verify`; the same number when None.
+            fmr: Target false match rate of `verify`, which takes as many strangers as the same `fpir`; the same number
+                when None.
             confidence: That the promise holds.
             growth: Identities up to which it holds over those enrolled now, at most 3; see `rise_with_growth`. Those
                 to come must be enrolled like those that are there, with about as many templates; not for "vote".
@@ -711,7 +718,6 @@ class Gallery:
                 found = promise(now, cohort, left_out(now), targets)
             else:
                 vectors, names = self._named_probes(images, embeddings, labels, probes)
-                self._refuse_cohort(now.meta, vectors, names, "the images to calibrate with")
                 genuine = np.array([now.code_of(name) is not None for name in names], dtype=bool)
                 strangers = [name for name in names if now.code_of(name) is None]
                 found = promise(now, cohort, Strangers(vectors[~genuine], strangers), targets)
@@ -763,8 +769,11 @@ class Gallery:
                 (building / storage.CACHE).mkdir()
                 if self._snapshot.meta.encoder:
                     shutil.copytree(self.folder / "encoder", building / "encoder")
-                with Gallery.open(building, read_only=True) as copy:
-                    copy._settled()
+                copy = Store(building, read_only=True)
+                try:
+                    copy.load()
+                finally:
+                    copy.close()
                 for leftover in (storage.DATABASE + "-wal", storage.DATABASE + "-shm"):
                     (building / leftover).unlink(missing_ok=True)
         except OSError as error:
@@ -799,7 +808,7 @@ class Gallery:
             with self._mutex:
                 if self._current is None:
                     self._require_open()
-                    self._load(verify=False)
+                    self._load(verify=self._reader is None or not self._reader.is_alive())  # else it verifies next
         assert self._current is not None
         return self._current
 
@@ -826,7 +835,11 @@ class Gallery:
                     return
             self._unverified = None
         except GalleryError as error:  # whoever asks next reads again and gets the same answer
-            logger.error("%s", error)
+            if not self._given_up():
+                logger.error("%s", error)
+        except Exception:  # no memory, say: whoever asks next reads and verifies by himself
+            logger.exception("Verifying the gallery %s broke off; the next question reads it again", self.folder)
+            self._current = self._unverified = None
 
     def _adopt_index(self, index: Index | None, epoch: int) -> None:
         with self._mutex:
@@ -857,16 +870,6 @@ class Gallery:
         """Whether nobody can want any more what is done behind."""
         return self._closed or not threading.main_thread().is_alive()
 
-    def _settled(self) -> None:
-        """Wait until all that was read is verified.
-
-        Raises:
-            GalleryDamaged: It does not fit its digests.
-        """
-        if self._reader is not None:
-            self._reader.join()
-        self._now()
-
     def _now(self) -> Snapshot:
         """The newest generation that is committed; a search in a writing gallery waits for no lock."""
         self._require_open()
@@ -881,7 +884,8 @@ class Gallery:
             if self._stale:
                 self._current, self._stale = Snapshot.of(self._store.load(), self._snapshot.index), False
             elif self._store.read_only and self._store.changed():
-                self._current = self._keeper.tended(self._followed(self._snapshot))
+                self._stale = True  # a change that cannot be read must not be taken for none
+                self._current, self._stale = self._keeper.tended(self._followed(self._snapshot)), False
             return self._snapshot
 
     def _followed(self, old: Snapshot) -> Snapshot:
@@ -909,7 +913,7 @@ class Gallery:
 
     def _relabel(self, old: str, new: str) -> int:
         now = self._now()
-        self._require_present([old], now.names)
+        self._require_present(now, [old], "label")
         checked_labels([new], 1)
         ids = now.ids[now.codes == now.code_of(old)]
         with self._changing() as (meta, now, publish):
@@ -962,6 +966,13 @@ class Gallery:
         names = [None] * len(vectors) if labels is None else list(labels)
         if len(names) != len(vectors):
             raise ValueError(f"{len(names)} labels do not fit {len(vectors)} images; one per image, None for unnamed.")
+        for row, name in enumerate(names):
+            if name is not None and not isinstance(name, str):
+                raise ValueError(
+                    f"Labels are strings, or None for a stranger seen once; row {row} is {name!r}. Name numbers as "
+                    f"str({name!r}), and what is missing as None."
+                )
+        self._refuse_cohort(self._now().meta, vectors, names, "the images to calibrate with")  # each, not their mean
         means, codes = pooled(vectors, probes)
         first = np.unique(codes, return_index=True)[1]
         for row, code in enumerate(codes.tolist()):
@@ -1010,7 +1021,8 @@ class Gallery:
         if not isinstance(key, str) or not key:
             raise ValueError(f"key is a non-empty string that names the request, got {key!r}.")
         self._require_open()
-        known = self._store.recall(key)
+        with self._mutex:  # what another thread is writing may still be undone
+            known = self._store.recall(key)
         if known is None:
             return None
         first, templates, before = known
@@ -1021,16 +1033,15 @@ class Gallery:
             )
         return np.arange(first, first + templates, dtype=np.int64)
 
-    def _require_present(self, wanted: Sequence[Any], present: Sequence[Any]) -> None:
-        there = set(present)
-        if absent := [value for value in wanted if value not in there]:
+    def _require_present(self, now: Snapshot, wanted: Sequence[Any], kind: Literal["label", "id"]) -> None:
+        there = (lambda name: now.code_of(name) is not None) if kind == "label" else now.has
+        if absent := [value for value in wanted if not there(value)]:
             some = ", ".join(repr(value) for value in absent[:5]) + (", ..." if len(absent) > 5 else "")
-            kind = "label" if isinstance(absent[0], str) else "id"
             raise ValueError(
                 f"{len(absent)} of {len(wanted)} {kind}s are not in the gallery: {some}. Nothing was changed."
             )
 
-    def _accepted(self, embedder: Embedder) -> Embedder:
+    def _accepted(self, embedder: Embedder, references: list[tuple[bytes, Vectors]]) -> Embedder:
         meta = self._store.opened
         if meta.fingerprint is None:
             raise ValueError(
@@ -1043,8 +1054,6 @@ class Gallery:
                 "other weights or preprocessing give vectors that cannot be compared. Open it with the embedder that "
                 "made it, or enroll the images anew with Gallery.create."
             )
-        with self._mutex:
-            references = self._store.references()
         require_unchanged(embedder, references, self.folder)
         return embedder
 
@@ -1069,6 +1078,12 @@ class Gallery:
         if isinstance(embeddings, Embeddings):
             embeddings = embeddings.vectors
         return normalised(as_array(embeddings), self._snapshot.meta.dim)
+
+
+def _size(path: Path) -> int:
+    with suppress(FileNotFoundError):  # an index that was just replaced, the log of a writer that has closed
+        return path.stat().st_size if path.is_file() else 0
+    return 0
 
 
 def _paths(images: Any, embeddings: Any) -> list[str] | None:

@@ -40,7 +40,7 @@ def checked_search(kind: Any, recall: Any, old: dict[str, Any] | None = None) ->
         raise ValueError(f"search is one of {', '.join(SEARCHES)}; got {kind!r}.")
     if isinstance(recall, bool) or not isinstance(recall, int | float) or not 0 < recall <= 1:
         raise ValueError(
-            f"search_recall is the share of probes whose nearest template must be found, above 0 and at most 1, got "
+            f"search_recall is the share of probes that must be decided as by exact search, above 0 and at most 1, got "
             f"{recall!r}; 99.9 % is 0.999."
         )
     return now | {"kind": kind, "recall": float(recall)}
@@ -73,7 +73,7 @@ class IndexKeeper:
         self._cache, self._adopt, self._note, self._given_up = cache, adopt, note, given_up
         self._writing, self._starting = threading.Lock(), threading.Lock()
         self._thread: threading.Thread | None = None
-        self._busy = False
+        self._busy = self._afresh = False
         self._missed: tuple[Measured, ...] = ()
 
     def tended(self, now: Snapshot, *, afresh: bool = False) -> Snapshot:
@@ -88,7 +88,9 @@ class IndexKeeper:
             return now if now.index is None else now.indexed(None)
         if now.index is not None and not _fits(now.index.measured, search):
             now = now.indexed(None)
+        afresh = afresh or self._afresh
         due = (now.index is None or _stale(now, afresh)) and not self._hopeless(now, search)
+        self._afresh = due and self._busy and afresh  # when what is being built is done
         if due and not self._busy and not self._given_up():
             self._busy = True
             with self._starting:
@@ -169,8 +171,8 @@ class IndexKeeper:
             missed.append(index.measured)
         self._missed = tuple(missed)
         logger.warning(
-            "No index of the gallery %s found the nearest template of %g of the probes (the best one: %g), so that "
-            "its searches stay exact; configure(search_recall=...) sets a lower target",
+            "No index of the gallery %s decided %g of the probes as exact search does (the best one: %g), so that its "
+            "searches stay exact; configure(search_recall=...) sets a lower target",
             self._cache.parent,
             search["recall"],
             max(measured.decisions for measured in missed),
@@ -201,7 +203,10 @@ class IndexKeeper:
                 known = index.save(path)
             self._note(known, path, epoch)
         except (OSError, GalleryError) as error:
-            logger.warning("The index of the gallery %s could not be cached: %s", self._cache.parent, error)
+            if not self._given_up():  # closed in between
+                logger.warning("The index of the gallery %s could not be cached: %s", self._cache.parent, error)
+            with suppress(OSError):  # half a file on a disk that is full
+                path.unlink()
 
 
 def file_name(known: dict[str, Any]) -> str:

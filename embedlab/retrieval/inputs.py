@@ -145,7 +145,8 @@ def with_quality(notes: list[str | None], quality: Any) -> list[str | None]:
 
 def checked_quality(quality: Any, count: int) -> list[float]:
     """One number above 0 and at most 1 per row, from as many or from one for all."""
-    values = [quality] * count if isinstance(quality, int | float) else as_array(quality).tolist()
+    one = isinstance(quality, int | float | np.number)
+    values = [np.asarray(quality).item()] * count if one else as_array(quality).tolist()
     if len(values) != count:
         raise ValueError(f"{len(values)} qualities came for {count} images; they must be row by row.")
     for row, value in enumerate(values):
@@ -182,8 +183,9 @@ def pooled(vectors: Vectors, probes: Any, quality: Any = None) -> tuple[Vectors,
     sums = np.zeros((len(places), vectors.shape[1]))
     np.add.at(sums, codes, vectors * weights[:, None])
     norms = np.linalg.norm(sums, axis=1)
-    if len(norms) and norms.min() < 1e-6:
-        name = names[int(np.flatnonzero(codes == norms.argmin())[0])]
+    left = norms / np.bincount(codes, weights, minlength=len(places))
+    if len(left) and left.min() < 1e-6:
+        name = names[int(np.flatnonzero(codes == left.argmin())[0])]
         raise ValueError(f"The images of the probe {name!r} cancel each other out: are they of one and the same?")
     means: Vectors = (sums / norms[:, None]).astype(np.float32)
     single = np.flatnonzero(np.bincount(codes, minlength=len(places)) == 1)

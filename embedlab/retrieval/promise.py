@@ -14,6 +14,7 @@ from embedlab.retrieval.calibration import (
     calibrate_threshold,
     match_threshold,
     refuse_growth,
+    refuse_if_unsupported,
     rise_with_growth,
 )
 from embedlab.retrieval.cohort import Cohort
@@ -33,8 +34,9 @@ class Targets:
     growth: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.fmr < 1:
-            raise ValueError(f"fmr lies between 0 and 1, got {self.fmr}; 1 % is 0.01.")
+        for name, rate in (("fpir", self.fpir), ("fmr", self.fmr)):
+            if not 0 < rate < 1:
+                raise ValueError(f"{name} lies between 0 and 1, got {rate}; 1 % is 0.01.")
 
 
 @dataclass(frozen=True)
@@ -70,18 +72,26 @@ def promise(now: Snapshot, cohort: Cohort | None, strangers: Strangers, targets:
     identities = len(now.names)
     refuse_growth(targets.growth, identities, now.meta.settings["fusion"])
     probes, names, own = strangers.vectors, strangers.names, strangers.own
+    mutual = own is not None
+    if now.index is not None:
+        # Exactly: an index misses the nearest template of a stranger far more often than that of somebody known, and
+        # a threshold set on what it finds would be too low for searches without it, or with the next one.
+        now = now.indexed(None)
     if own is None:
         scores = best_identity(now, probes, cohort)[1]
     else:
         scores = np.concatenate([part.max(axis=1) for _, part in in_chunks(now, probes, cohort, own)])
-    found = calibrate_threshold(scores, names, fpir=targets.fpir, confidence=targets.confidence)
+    found = calibrate_threshold(scores, names, fpir=targets.fpir, confidence=targets.confidence, mutual=mutual)
+    refuse_if_unsupported(found.strangers, found.images, targets.fmr, targets.confidence, mutual=mutual, rate="fmr")
     if identities >= SMALLEST_TO_GROW:
         tables = sub_gallery_scores(now, probes, cohort, own) | {float(identities): scores[:, None]}
         rise, levels = rise_with_growth(
             tables, names, fpir=targets.fpir, growth=targets.growth, confidence=targets.confidence
         )
         if rise:
-            found = calibrate_threshold(scores, names, fpir=targets.fpir, confidence=targets.confidence, rise=rise)
+            found = calibrate_threshold(
+                scores, names, fpir=targets.fpir, confidence=targets.confidence, rise=rise, mutual=mutual
+            )
         weights = _weights(names)
         sizes = tuple(
             (count, levels[count], float(np.average((table >= found.threshold).mean(axis=1), weights=weights)))
@@ -89,8 +99,10 @@ def promise(now: Snapshot, cohort: Cohort | None, strangers: Strangers, targets:
         )
         found = replace(found, sub_galleries=sizes)
     pairs, shares = highest_pairs(now, probes, cohort, names, targets.fmr, own)
+    # No more than there are strangers: best scores that differ do not tell that matches do, see `_hit_correlation`.
+    worth = min(found.effective_strangers, found.strangers * (0.5 if mutual else 1.0))
     limit, bound, observed = match_threshold(
-        pairs, shares, fmr=targets.fmr, effective=found.effective_strangers, confidence=targets.confidence
+        pairs, shares, fmr=targets.fmr, effective=worth, confidence=targets.confidence
     )
     return replace(
         found,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -213,9 +214,9 @@ class Snapshot:
         metadata: Strings = self._columns[2][: self._count]
         return metadata if self.alive is None else metadata[self.alive]
 
-    @cached_property
+    @property
     def vectors(self) -> Vectors:
-        """(N, D) vectors of norm 1; a copy once templates have been removed, so `take` is better for a few."""
+        """(N, D) vectors of norm 1; a copy each time once templates have been removed: `take` is better for a few."""
         return self.matrix if self.alive is None else self.matrix[self.alive]
 
     def take(self, templates: Ids) -> Vectors:
@@ -231,6 +232,14 @@ class Snapshot:
         """Place of an identity in `names`; None when it is not enrolled."""
         code = self._places.get(label) if isinstance(label, str) else None
         return code if code is not None and code < self._identities else None
+
+    def has(self, template: object) -> bool:
+        """Whether a template of this id is there."""
+        if not isinstance(template, Real):
+            return False
+        row = int(np.searchsorted(self.row_ids, template))  # type: ignore[call-overload]
+        there = row < self._count and bool(self.row_ids[row] == template)
+        return there and (self.alive is None or bool(self.alive[row]))
 
     def labels_of(self, templates: Ids) -> list[list[str]]:
         """Labels of templates (Q, k), named by their places in `ids`."""

@@ -401,6 +401,9 @@ class Store:
     def erase_traces(self) -> None:
         """Delete the cache and cut the log to nothing, so that what was deleted is in no file; waits 5 s for readers.
 
+        The database is written anew, as by `compact`: where SQLite has moved rows from page to page it leaves copies of
+        them between the others, `secure_delete` or not.
+
         Raises:
             GalleryError: Traces remain, in the files that it names.
         """
@@ -411,12 +414,16 @@ class Store:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             except OSError as error:
                 remain.append(f"{path} ({error.strerror})")
-        self.truncate_log()
+        cached = f"the cache still holds traces of it: {', '.join(remain)}. Delete them yourself."
+        try:
+            self.compact()
+        except GalleryError as error:
+            text = str(error)
+            if not text.startswith("The removal is done"):
+                text = f"The removal is done, but {self.folder / DATABASE} may hold traces of it: {text}"
+            raise GalleryError(f"{text} Also, {cached}" if remain else text) from error
         if remain:
-            raise GalleryError(
-                f"The removal is done, but the cache still holds traces of it: {', '.join(remain)}. Delete them "
-                "yourself."
-            )
+            raise GalleryError(f"The removal is done, but {cached}")
 
     def truncate_log(self) -> None:
         """Fold the log into the database and cut it to nothing; waits 5 s for readers.
@@ -829,8 +836,9 @@ class _WriterLock:
             os.close(self._handle)
             raise GalleryLocked(_locked_by(path.parent, owner)) from error
         content = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "program": Path(sys.argv[0]).name})
-        os.ftruncate(self._handle, 0)
-        os.write(self._handle, content.encode())
+        with suppress(OSError):  # a full disk: the lock holds all the same, only its owner goes unnamed
+            os.ftruncate(self._handle, 0)
+            os.write(self._handle, content.encode())
 
     def release(self) -> None:
         os.close(self._handle)

@@ -822,6 +822,6 @@ def _rounded(score: float | None) -> float | None:
 
 def _curve(calibration: Calibration | None) -> list[Point]:
     return [
-        Point(threshold=threshold, fpir=fpir, bound=bound, detection=detection)
+        Point(threshold=round(threshold, 3), fpir=fpir, bound=bound, detection=detection)
         for threshold, fpir, bound, detection in (calibration.curve if calibration else ())
     ]

@@ -353,7 +353,7 @@ function drawCurve() {
   }
   for (const part of [0, 0.25, 0.5, 0.75, 1]) {
     const value = low + part * (high - low);
-    svg.append(drawn("text", { x: x(value), y: height - 16, "text-anchor": part === 0 ? "start" : part === 1 ? "end" : "middle" }, value.toFixed(2)));
+    svg.append(drawn("text", { x: x(value), y: height - 16, "text-anchor": part === 0 ? "start" : part === 1 ? "end" : "middle" }, value.toFixed(high - low < 0.1 ? 3 : 2)));
   }
   svg.append(drawn("text", { x: (left + width - right) / 2, y: height - 2, "text-anchor": "middle" }, "threshold"));
   const lines = [["bound", "upper confidence bound of that"], ["fpir", "strangers taken for somebody"], ["detection", "enrolled people named right"]];
