@@ -429,7 +429,7 @@ def test_a_reader_that_mixes_generations_is_found(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Gallery, "_followed", followed)
     with pytest.raises(AssertionError, match="looks at what was never committed"):
-        watched(tmp_path, 60)
+        watched(tmp_path, 24)
 
 
 def backed_up(tmp_path, count):

@@ -22,13 +22,16 @@ from embedlab.retrieval._durable import new_folder
 from embedlab.retrieval.answers import CheckReport, Identification, Verification
 from embedlab.retrieval.calibration import Calibration
 from embedlab.retrieval.cohort import Cohort
-from embedlab.retrieval.embedders import CallableEmbedder, Embedder, as_array, as_embedder, image_paths
+from embedlab.retrieval.embedders import CallableEmbedder, Embedder, as_embedder, image_paths
 from embedlab.retrieval.inputs import (
     are_images,
+    as_rows,
+    checked_key,
     checked_labels,
     checked_metadata,
     checked_settings,
     counted,
+    listed,
     normalised,
     pooled,
     positive,
@@ -378,8 +381,12 @@ class Gallery:
             raise ValueError("Nothing to enroll: no images and no embeddings came. An empty folder?")
         vectors = None if embeddings is None else self._vectors(None, embeddings)
         # Vectors of the same images may differ in their last bits from call to call: images go by label and note.
-        content = b"" if key is None else storage.content_digest(
-            json.dumps([names, notes]).encode(), *([] if vectors is None else [vectors.tobytes()])
+        content = (
+            b""
+            if key is None
+            else storage.content_digest(
+                json.dumps([names, notes]).encode(), *([] if vectors is None else [vectors.tobytes()])
+            )
         )
         if vectors is None and (key is None or self._repeated(key, content) is None):
             vectors = self._vectors(images, None)  # outside the lock: others search and write meanwhile
@@ -432,9 +439,8 @@ class Gallery:
             raise ValueError("remove takes either labels or ids.")
         with self._mutex:
             now = self._now()
-            given = labels if labels is not None else ids
-            wanted = unique([given] if isinstance(given, str | int | np.integer) else given)
-            self._require_present(now, wanted, "label" if labels is not None else "id")
+            wanted = unique(ids, "id") if labels is None else unique(labels, "label")
+            self._require_present(now, wanted, "id" if labels is None else "label")
             if not wanted:
                 return 0
             if labels is not None:
@@ -580,6 +586,8 @@ class Gallery:
         ask = neighbours if per == "template" else nearest_identities
         if where is not None and not isinstance(where, dict):
             raise ValueError(f'where is a dict of metadata, such as {{"site": "north"}}; got {where!r}.')
+        if where is not None:
+            checked_metadata(where, 1)
         return ask(now, queries, positive(k), None if where is None else now.where(where))
 
     def identify(
@@ -644,7 +652,7 @@ class Gallery:
         self._require_present(now, [label], "label")
         if image is not None and not isinstance(image, str | Path):
             image = image[None] if getattr(image, "ndim", 0) == 3 else image
-        vectors = self._vectors(image, None if embedding is None else np.atleast_2d(as_array(embedding)))
+        vectors = self._vectors(image, None if embedding is None else np.atleast_2d(as_rows(embedding)))
         if not len(vectors):
             raise ValueError("verify takes one image or several of one probe, got none.")
         probe = pooled(vectors, [label] * len(vectors), quality)[0]
@@ -963,7 +971,7 @@ class Gallery:
         if labels is None and isinstance(embeddings, Embeddings):
             labels = embeddings.labels
         vectors = self._vectors(images, embeddings)
-        names = [None] * len(vectors) if labels is None else list(labels)
+        names = [None] * len(vectors) if labels is None else listed(labels, "Labels")
         if len(names) != len(vectors):
             raise ValueError(f"{len(names)} labels do not fit {len(vectors)} images; one per image, None for unnamed.")
         for row, name in enumerate(names):
@@ -1018,8 +1026,7 @@ class Gallery:
             )
 
     def _repeated(self, key: str, content: bytes) -> Ids | None:
-        if not isinstance(key, str) or not key:
-            raise ValueError(f"key is a non-empty string that names the request, got {key!r}.")
+        checked_key(key)
         self._require_open()
         with self._mutex:  # what another thread is writing may still be undone
             known = self._store.recall(key)
@@ -1077,7 +1084,7 @@ class Gallery:
             embeddings = self.embedder.embed(images if paths is None else paths)
         if isinstance(embeddings, Embeddings):
             embeddings = embeddings.vectors
-        return normalised(as_array(embeddings), self._snapshot.meta.dim)
+        return normalised(as_rows(embeddings), self._snapshot.meta.dim)
 
 
 def _size(path: Path) -> int:

@@ -4,23 +4,53 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from embedlab._types import Ids, Vectors
+from embedlab._types import Embeddings, Ids, Vectors
 from embedlab.retrieval.embedders import as_array, image_paths
 
 FUSIONS = ("max", "mean", "vote")
 LONGEST_LABEL = 1_000  # characters
 LONGEST_METADATA = 65_536  # characters of JSON per template
+MOST_NEIGHBOURS = 1_000_000
+
+
+def as_rows(values: Any) -> np.ndarray[Any, Any]:
+    """An array of what came as embeddings."""
+    try:
+        array = as_array(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Embeddings must be (N, D) real numbers, rows of one length; {error}.") from error
+    if array.ndim == 0:
+        raise ValueError(f"Embeddings must be (N, D) real numbers, got {values!r}.")
+    return array
+
+
+def listed(values: Any, what: str) -> list[Any]:
+    """A list of what came row by row."""
+    try:
+        return list(values)
+    except TypeError as error:
+        raise ValueError(f"{what} come row by row, as a list; got {values!r}.") from error
+
+
+def checked_key(key: Any) -> str:
+    """The name of a request."""
+    if not isinstance(key, str) or not key or len(key) > LONGEST_LABEL or not key.isprintable():
+        raise ValueError(
+            f"key is a non-empty string of at most {LONGEST_LABEL} printable characters that names the request, got "
+            f"{key if not isinstance(key, str) else key[:50]!r}."
+        )
+    return key
 
 
 def normalised(array: np.ndarray[Any, Any], dim: int | None) -> Vectors:
     """Vectors (N, D) of norm 1 in float32 from numbers of any norm; refuses zero and non-finite rows."""
-    if array.size == 0 and array.ndim in (1, 2):
+    if len(array) == 0 and array.ndim in (1, 2):
         return np.zeros((0, dim or 0), np.float32)
-    if array.ndim != 2 or array.dtype.kind not in "fiu":
+    if array.ndim != 2 or array.dtype.kind not in "fiu" or array.shape[1] == 0:
         raise ValueError(f"Embeddings must be (N, D) real numbers, got shape {array.shape} of {array.dtype}.")
     require_dim(array.shape[1], dim)
     norms = np.sqrt(np.einsum("nd,nd->n", array, array, dtype=np.float64))
@@ -57,6 +87,8 @@ def positive(value: Any, name: str = "k") -> int:
     """A whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} is a whole number of at least 1, got {value!r}.")
+    if value > MOST_NEIGHBOURS:
+        raise ValueError(f"{name} is at most {MOST_NEIGHBOURS:,}, got {value:,}.")
     return int(value)
 
 
@@ -65,7 +97,7 @@ def counted(images: Any, embeddings: Any) -> int:
     if (images is None) == (embeddings is None):
         raise ValueError("Pass either images= or embeddings=.")
     if images is None:
-        return len(embeddings)
+        return len(embeddings if isinstance(embeddings, Embeddings) else as_rows(embeddings))
     paths = image_paths(images)
     return len(images) if paths is None else len(paths)
 
@@ -81,7 +113,7 @@ def checked_labels(labels: Any, count: int) -> list[str]:
     """One non-empty, printable string per row."""
     if labels is None:
         raise ValueError("enroll needs labels: one identity per image, or one string for all.")
-    names = [labels] * count if isinstance(labels, str) else list(labels)
+    names = [labels] * count if isinstance(labels, str) else listed(labels, "Labels")
     if len(names) != count:
         raise ValueError(f"{len(names)} labels came for {count} images; they must be row by row.")
     for row, name in enumerate(names):
@@ -98,7 +130,7 @@ def checked_metadata(metadata: Any, count: int) -> list[str | None]:
     """One JSON text per row, or None."""
     if metadata is None:
         return [None] * count
-    dicts = [metadata] * count if isinstance(metadata, dict) else list(metadata)
+    dicts = [metadata] * count if isinstance(metadata, dict) else listed(metadata, "Metadata")
     if len(dicts) != count:
         raise ValueError(f"{len(dicts)} metadata came for {count} images; they must be row by row.")
     notes: list[str | None] = []
@@ -146,7 +178,7 @@ def with_quality(notes: list[str | None], quality: Any) -> list[str | None]:
 def checked_quality(quality: Any, count: int) -> list[float]:
     """One number above 0 and at most 1 per row, from as many or from one for all."""
     one = isinstance(quality, int | float | np.number)
-    values = [np.asarray(quality).item()] * count if one else as_array(quality).tolist()
+    values = [np.asarray(quality).item()] * count if one else listed(as_array(quality).tolist(), "Qualities")
     if len(values) != count:
         raise ValueError(f"{len(values)} qualities came for {count} images; they must be row by row.")
     for row, value in enumerate(values):
@@ -173,7 +205,9 @@ def pooled(vectors: Vectors, probes: Any, quality: Any = None) -> tuple[Vectors,
         if quality is not None:
             raise ValueError("quality= weights the images of one probe; say by probes= which image belongs to which.")
         return vectors, np.arange(len(vectors))
-    names = list(probes)
+    names = listed(probes, "Names of probes")
+    if odd := [name for name in names if name is not None and not isinstance(name, str | int | np.integer)]:
+        raise ValueError(f"Probes are named by strings or whole numbers, or None for one of its own; got {odd[0]!r}.")
     if len(names) != len(vectors):
         raise ValueError(f"{len(names)} names of probes came for {len(vectors)} images; they must be row by row.")
     places: dict[Any, int] = {}
@@ -193,7 +227,11 @@ def pooled(vectors: Vectors, probes: Any, quality: Any = None) -> tuple[Vectors,
     return means, codes
 
 
-def unique(values: Any) -> list[Any]:
-    """Each value once, in order, as plain Python."""
-    plain = values.tolist() if isinstance(values, np.ndarray) else list(values)
-    return list(dict.fromkeys(int(value) if isinstance(value, np.integer) else value for value in plain))
+def unique(values: Any, kind: Literal["label", "id"]) -> list[Any]:
+    """Each label or id once, in order, as plain Python."""
+    wanted, what = ((str,), "strings") if kind == "label" else ((int, np.integer), "whole numbers")
+    plain = [values] if isinstance(values, wanted) else listed(values, f"The {kind}s to remove")
+    for value in plain:
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise ValueError(f"The {kind}s to remove are {what}; got {value!r}.")
+    return list(dict.fromkeys(value if isinstance(value, str) else int(value) for value in plain))

@@ -35,8 +35,10 @@ class Targets:
 
     def __post_init__(self) -> None:
         for name, rate in (("fpir", self.fpir), ("fmr", self.fmr)):
-            if not 0 < rate < 1:
+            if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not 0 < rate < 1:
                 raise ValueError(f"{name} lies between 0 and 1, got {rate}; 1 % is 0.01.")
+        if isinstance(self.growth, bool) or not isinstance(self.growth, int | float | np.number):
+            raise ValueError(f"growth is a number from 1 to 3, identities then over now; got {self.growth!r}.")
 
 
 @dataclass(frozen=True)
