@@ -367,4 +367,4 @@ def test_the_command_exports_and_a_gallery_is_made_of_it(tmp_path, capsys) -> No
     assert f'"fingerprint": "{encoder.fingerprint}"' in capsys.readouterr().out
     assert main(["gallery", "create", str(tmp_path / "g"), "--encoder", str(tmp_path / "e.onnx")]) == 0
     assert main(["gallery", "enroll", str(tmp_path / "g"), str(tmp_path / "people")]) == 0
-    assert "enrolled 6; " in capsys.readouterr().out
+    assert "enrolled 6 templates; " in capsys.readouterr().out
