@@ -428,10 +428,14 @@ def test_a_reader_that_mixes_generations_is_found(tmp_path, monkeypatch):
         return old.appended(reader._store.load(after=old.meta.last_id))
 
     monkeypatch.setattr(Gallery, "_followed", followed)
-    with pytest.raises(AssertionError, match="looks at what was never committed"):
+
+    def again_and_again():
         for attempt in range(20):  # whether a reader looks in time is chance
             (place := tmp_path / str(attempt)).mkdir()
             watched(place, 24)
+
+    with pytest.raises(AssertionError, match="looks at what was never committed"):
+        again_and_again()
 
 
 def backed_up(tmp_path, count):
