@@ -229,7 +229,12 @@ class Store:
         """The facts as committed, checked against what was acknowledged."""
         # The file first: a commit in between makes the database newer, which is right, never older.
         slots = read_generation(self.folder / GENERATION)
-        meta = Meta.from_rows(self._connection.execute("SELECT key, value FROM meta").fetchall())
+        try:
+            meta = Meta.from_rows(self._connection.execute("SELECT key, value FROM meta").fetchall())
+        except GalleryDamaged:
+            raise
+        except GalleryError as error:  # of a newer format, or a flipped bit in its number
+            raise GalleryError(f"{self.folder}: {error}") from error
         if not slots or any(owner != meta.uuid for owner, _ in slots):
             self._problem(f"{GENERATION} is missing, damaged or from another gallery")
         acknowledged = max((generation for _, generation in slots), default=0)
