@@ -262,6 +262,9 @@ def test_a_gallery_of_the_encoder_is_served_by_its_export_and_back(exported, tmp
         gallery.enroll(images, labels=list("aabbcc"))
     with Gallery.open(tmp_path / "h", encoder) as gallery:
         np.testing.assert_array_equal(gallery.search(images, k=6).ids, want.ids)
+        assert gallery.check().problems == ()
+        (tmp_path / "h" / "encoder" / "model.onnx").unlink()
+        assert gallery.check().problems == ("the folder encoder is missing, so that images cannot be embedded",)
     other = tmp_path / "other.onnx"
     torch.manual_seed(7)
     export_encoder(Encoder(ResNet("resnet8", stem="small", width=0.125), image_size=16).eval(), other)

@@ -393,6 +393,11 @@ def _checked_vectors(result: Any, count: int, source: str) -> Vectors:
     return array.astype(np.float32)
 
 
+def holds_embedder(folder: Path) -> bool:
+    """Whether `as_embedder` finds something to load in this folder."""
+    return (folder / "model.onnx").is_file() or (folder / "encoder.json").is_file()
+
+
 def as_embedder(embedder: Any) -> Embedder:
     """Take what users have: an embedder, the folder of a saved one, an ONNX file, or a plain function.
 
@@ -405,13 +410,13 @@ def as_embedder(embedder: Any) -> Embedder:
         path = Path(embedder)
         if path.suffix.lower() == ".onnx":
             return OnnxEmbedder(path)
-        if (path / "model.onnx").is_file():
-            return OnnxEmbedder.load(path)
-        if not (path / "encoder.json").is_file():
+        if not holds_embedder(path):
             raise ValueError(
                 f"{embedder} is no saved encoder: it holds no encoder.json, and is no .onnx file. Encoder.save and "
                 "'embedlab export' make them."
             )
+        if (path / "model.onnx").is_file():
+            return OnnxEmbedder.load(path)
         from embedlab.encoders import Encoder
 
         loaded: Embedder = Encoder.load(embedder)

@@ -22,7 +22,7 @@ from embedlab.retrieval._durable import new_folder
 from embedlab.retrieval.answers import CheckReport, Identification, Verification
 from embedlab.retrieval.calibration import Calibration
 from embedlab.retrieval.cohort import Cohort
-from embedlab.retrieval.embedders import CallableEmbedder, Embedder, as_embedder, image_paths
+from embedlab.retrieval.embedders import CallableEmbedder, Embedder, as_embedder, holds_embedder, image_paths
 from embedlab.retrieval.inputs import (
     are_images,
     as_rows,
@@ -755,7 +755,7 @@ class Gallery:
                 templates, generation = len(contents.ids), contents.meta.generation
                 if self._now().meta.generation == generation:
                     problems += _differences(self._snapshot, contents)
-                if contents.meta.encoder and not self.folder.joinpath("encoder", "encoder.json").is_file():
+                if contents.meta.encoder and not holds_embedder(self.folder / "encoder"):
                     problems.append("the folder encoder is missing, so that images cannot be embedded")
             except storage.GalleryDamaged as error:
                 problems.append(str(error))
