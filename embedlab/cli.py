@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from embedlab._types import Embeddings
     from embedlab.data import Source
     from embedlab.encoders import Encoder
+    from embedlab.retrieval.subjects import Subject
 
 Result = dict[str, Any]
 PATH_HELP = "folder of images (label = folder), CSV or Parquet manifest, one image, or torchvision:NAME"
@@ -497,45 +498,54 @@ def _embed(options: argparse.Namespace) -> Result:
 
 
 def _evaluate(options: argparse.Namespace) -> Result:
-    from embedlab.retrieval.evaluation import evaluate_open_set, evaluate_retrieval, table
-
     if options.protocol:
         return _evaluate_backbone(options)
-    if options.open_set and not options.calibrate_select:
-        raise ValueError(
-            "--open-set needs --calibrate-select COLUMN=VALUE: identities, not tested, that set the threshold."
-        )
+    from embedlab.retrieval.evaluation import Plan, evaluate, protocol_of, to_text
+
+    plan = Plan(
+        path=options.path,
+        select=_selection(options.select),
+        reference=options.reference,
+        reference_select=_selection(options.reference_select),
+        open_set=options.open_set,
+        calibrate_select=_selection(options.calibrate_select),
+        knn_k=options.knn_k,
+        fpir=options.fpir,
+        templates=options.templates,
+        seed=options.seed,
+    )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after the work
     started = time.perf_counter()
-    rows: dict[str, Result] = {}
-    for name, read in _readers(options).items():
-        query = read(options.path, options.select)
-        searched = options.reference or (options.path if options.reference_select else None)
-        reference = None if searched is None else read(searched, options.reference_select)
-        _refuse_shared_images(query, reference)
-        rows[name] = evaluate_retrieval(query, reference, knn_k=options.knn_k)
-        if options.open_set:
-            strangers = read(options.path, options.calibrate_select)
-            rows[name]["open_set"] = evaluate_open_set(
-                query, strangers, reference, fpir=options.fpir, templates=options.templates, seed=options.seed
-            )
-    protocol = {
-        name: getattr(options, name)
-        for name in ("path", "select", "reference", "reference_select", "calibrate_select", "encoder", "precision")
+    found = [evaluate(subject, plan) for subject in _subjects(options)]
+    result = {
+        "results": {one.subject.name: one.figures for one in found},
+        "protocol": protocol_of(plan, found),
+        "seconds": round(time.perf_counter() - started, 2),
     }
-    result = {"results": rows, "protocol": protocol, "seconds": round(time.perf_counter() - started, 2)}
     if options.out:
         options.out.write_text(json.dumps(plain(result), indent=1), encoding="utf-8")
-    text = table(rows, ["recall_at_1", "recall_at_5", "recall_at_10", "map_at_r", "r_precision", "knn_accuracy"])
-    if options.open_set:
-        trials = {name: row["open_set"] for name, row in rows.items()}
-        trial = next(iter(trials.values()))
-        text += (
-            f"\n\nopen set: {trial['enrolled']} enrolled, {trial['strangers']} strangers, threshold from "
-            f"{trial['calibration_strangers']} others at a promised FPIR of {trial['target_fpir']:.3f}\n"
-        ) + table(trials, ["closed_set_accuracy", "detection_rate", "observed_fpir"])
-    return {**result, "text": text}
+    return {**result, "text": to_text(found)}
+
+
+def _subjects(options: argparse.Namespace) -> list[Subject]:
+    """The rows of the table."""
+    from embedlab.retrieval.subjects import ReadingOptions, baseline_subjects, encoder_subject, stored_subject
+
+    if _is_vectors(options.path):
+        if options.baselines or options.encoder:
+            raise ValueError(f"{options.path} holds vectors; --encoder and --baselines need images.")
+        return [stored_subject(options.path, options.labels)]
+    if options.encoder is None:
+        raise ValueError(f"{options.path} holds images, so evaluate needs --encoder FOLDER.")
+    from embedlab.encoders import Encoder
+
+    encoder = Encoder.load(options.encoder)
+    how = ReadingOptions(batch_size=options.batch_size, precision=options.precision, on_error=options.on_error)
+    baselines = (
+        baseline_subjects(encoder, options.path, _selection(options.select), options=how) if options.baselines else []
+    )
+    return [encoder_subject(encoder, options=how), *baselines]
 
 
 def _evaluate_backbone(options: argparse.Namespace) -> Result:
@@ -546,8 +556,7 @@ def _evaluate_backbone(options: argparse.Namespace) -> Result:
         )
     if options.open_set or options.baselines:
         raise ValueError("--protocol measures one backbone; run --open-set and --baselines without it.")
-    from importlib.metadata import version
-
+    from embedlab._machine import versions
     from embedlab.encoders import Encoder
     from embedlab.tasks import evaluate_backbone
 
@@ -570,7 +579,7 @@ def _evaluate_backbone(options: argparse.Namespace) -> Result:
     )
     result["protocol"] |= {
         name: getattr(options, name) for name in ("path", "select", "reference", "reference_select")
-    } | {"versions": {"embedlab": __version__} | {name: version(name) for name in ("torch", "numpy", "scipy")}}
+    } | {"versions": versions("torch", "numpy", "scipy")}
     if options.out:
         options.out.write_text(json.dumps(plain(result), indent=1), encoding="utf-8")
     return {**result, "text": _protocol_table(result)}
@@ -586,62 +595,11 @@ def _protocol_table(result: Result) -> str:
     )
 
 
-def _refuse_shared_images(query: Embeddings, reference: Embeddings | None) -> None:
-    """An image that finds itself says nothing about the encoder."""
-    if reference is None or query.paths is None or reference.paths is None:
-        return
-    shared = {os.path.realpath(path) for path in query.paths} & {os.path.realpath(path) for path in reference.paths}
-    if shared:
-        raise ValueError(
-            f"{len(shared)} images are queries and reference at once, first {min(shared)}: they would find themselves. "
-            "Leave out --reference for leave-one-out, or choose disjoint rows."
-        )
-
-
-def _readers(options: argparse.Namespace) -> dict[str, Callable[[str, list[str] | None], Embeddings]]:
-    """Name of a row of the table to how its vectors are made."""
-    if _is_vectors(options.path):
-        if options.baselines or options.encoder:
-            raise ValueError(f"{options.path} holds vectors; --encoder and --baselines need images.")
-        return {"vectors": lambda path, select: _selected_vectors(path, options.labels, select)}
-    if options.encoder is None:
-        raise ValueError(f"{options.path} holds images, so evaluate needs --encoder FOLDER.")
-    from embedlab.encoders import Encoder, Pixels
-
-    encoder = Encoder.load(options.encoder)
-    encoders = {"encoder": encoder}
-    if options.baselines:
-        pixels = Pixels(encoder.image_size, in_channels=encoder.channels)
-        encoders["raw pixels"] = Encoder(pixels, **encoder.preprocessing)
-        encoders["untrained"] = encoder.untrained(_some_images(encoder, options))
-
-    encoders = {name: _on_device(embedder) for name, embedder in encoders.items()}
-
-    def reader(embedder: Encoder) -> Callable[[str, list[str] | None], Embeddings]:
-        return lambda path, select: embedder.embed(
-            _source(path, select),
-            batch_size=options.batch_size,
-            precision=options.precision,
-            on_error=options.on_error,
-        )
-
-    return {name: reader(embedder) for name, embedder in encoders.items()}
-
-
 def _on_device(encoder: Encoder) -> Encoder:
     """On the GPU where there is one."""
     import torch
 
     return encoder.to("cuda") if torch.cuda.is_available() else encoder
-
-
-def _some_images(encoder: Encoder, options: argparse.Namespace) -> Any:
-    import torch
-
-    source = _source(options.path, options.select)
-    rows = range(0, len(source), max(1, len(source) // 256))
-    images, _, _ = source.read(list(rows), encoder.image_size, channels=encoder.channels, how=encoder.fit)
-    return torch.from_numpy(images)
 
 
 def _selected_vectors(path: str, labels: str | None, select: list[str] | None) -> Embeddings:

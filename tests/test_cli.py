@@ -152,7 +152,7 @@ def test_fit_leaves_an_encoder_that_the_other_commands_take(run, pictures, tmp_p
     by_vectors = ask(capsys, "evaluate", stored)
     for name in ("recall_at_1", "map_at_r", "r_precision"):
         assert by_vectors["results"]["vectors"][name] == pytest.approx(by_files["results"]["encoder"][name])
-    assert by_files["protocol"]["select"] == ["split=test"]
+    assert by_files["protocol"]["select"] == {"split": ["test"]}
 
 
 def test_the_configuration_is_saved_with_every_override(run) -> None:

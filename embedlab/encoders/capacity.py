@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from embedlab._machine import processor_name
 from embedlab.encoders.encoder import Encoder
 
 
@@ -221,9 +221,4 @@ def _memory(place: torch.device, *, start: bool) -> int | None:
 def _device_name(place: torch.device) -> str:
     if place.type == "cuda":
         return torch.cuda.get_device_name(place)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
+    return processor_name()

@@ -2,13 +2,133 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from embedlab._machine import processor_name, versions
 from embedlab._types import Embeddings
+from embedlab.data.images import available_cores
 from embedlab.metrics import bootstrap_interval, knn_accuracy, retrieval_report
 from embedlab.retrieval.open_set import choose_templates, halve_identities, open_set_trial, take
+from embedlab.retrieval.subjects import Reading, Subject, Where
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is read, and what is measured on it.
+
+    Args:
+        path: Queries.
+        select: Their rows.
+        reference: What is searched; None is leave-one-out within the queries, or with `reference_select` other rows of
+            `path`.
+        reference_select: Its rows.
+        open_set: Also run the open-set trial.
+        calibrate_select: Rows of `path` that set its threshold.
+        knn_k: Neighbours of the weighted k-NN classifier.
+        fpir: Promised false-positive identification rate of the trial.
+        templates: Enrolled images per identity in the trial, without a reference.
+        seed: Of all that is drawn.
+
+    Raises:
+        ValueError: An open-set trial without rows for its threshold.
+    """
+
+    path: str
+    select: Where | None = None
+    reference: str | None = None
+    reference_select: Where | None = None
+    open_set: bool = False
+    calibrate_select: Where | None = None
+    knn_k: int = 20
+    fpir: float = 0.05
+    templates: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.open_set and not self.calibrate_select:
+            raise ValueError(
+                "--open-set needs --calibrate-select COLUMN=VALUE: identities, not tested, that set the threshold."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One subject on one plan.
+
+    Args:
+        subject: What was measured.
+        query: What was read for the queries.
+        reference: What was searched; None is leave-one-out.
+        figures: Of the JSON document.
+    """
+
+    subject: Subject
+    query: Reading
+    reference: Reading | None
+    figures: dict[str, Any]
+
+
+def evaluate(subject: Subject, plan: Plan) -> Evaluation:
+    """Read what the plan names and measure the subject on it.
+
+    Raises:
+        ValueError: Images without labels, or images that are queries and reference at once.
+    """
+    query = subject.read(plan.path, plan.select)
+    searched = plan.reference or (plan.path if plan.reference_select else None)
+    reference = None if searched is None else subject.read(searched, plan.reference_select)
+    others = None if reference is None else reference.embeddings
+    _refuse_shared_images(query.embeddings, others)
+    figures = evaluate_retrieval(query.embeddings, others, knn_k=plan.knn_k)
+    if plan.open_set:
+        strangers = subject.read(plan.path, plan.calibrate_select).embeddings
+        figures["open_set"] = evaluate_open_set(
+            query.embeddings, strangers, others, fpir=plan.fpir, templates=plan.templates, seed=plan.seed
+        )
+    return Evaluation(subject, query, reference, figures)
+
+
+def protocol_of(plan: Plan, found: Sequence[Evaluation]) -> dict[str, Any]:
+    """How the figures were made, so that somebody else can make them again."""
+    first = found[0]
+    sides = {"query": first.query} | ({} if first.reference is None else {"reference": first.reference})
+    return {
+        **asdict(plan),
+        "mode": "leave-one-out" if first.reference is None else "query against reference",
+        "subjects": {one.subject.name: dict(one.subject.about) for one in found},
+        "data": {name: _counted(side) for name, side in sides.items()},
+        "intervals": "95 %, percentile bootstrap over identities (labels of the queries), 2000 resamples, seed 0",
+        "versions": versions("torch", "numpy", "faiss-cpu", "scikit-learn"),
+        "hardware": {"processor": processor_name(), "cores": available_cores()},
+    }
+
+
+def _counted(side: Reading) -> dict[str, Any]:
+    return {
+        "images": len(side.embeddings),
+        "identities": len(set(side.embeddings.labels or [])),
+        "dim": int(side.embeddings.vectors.shape[1]),
+        "skipped": len(side.skipped),
+        "skipped_images": list(side.skipped[:100]),
+        "ignored_files": side.ignored,
+    }
+
+
+def _refuse_shared_images(query: Embeddings, reference: Embeddings | None) -> None:
+    """An image that finds itself says nothing about the encoder."""
+    if reference is None or query.paths is None or reference.paths is None:
+        return
+    shared = {os.path.realpath(path) for path in query.paths} & {os.path.realpath(path) for path in reference.paths}
+    if shared:
+        raise ValueError(
+            f"{len(shared)} images are queries and reference at once, first {min(shared)}: they would find themselves. "
+            "Leave out --reference for leave-one-out, or choose disjoint rows."
+        )
 
 
 def evaluate_retrieval(query: Embeddings, reference: Embeddings | None = None, *, knn_k: int = 20) -> dict[str, Any]:
@@ -81,6 +201,20 @@ def _labels(embeddings: Embeddings, name: str) -> list[str]:
             f"The {name} images have no labels, so nothing can be counted; use a labelled folder or manifest."
         )
     return embeddings.labels
+
+
+def to_text(found: Sequence[Evaluation]) -> str:
+    """The figures as tables for a terminal."""
+    rows = {one.subject.name: one.figures for one in found}
+    text = table(rows, ["recall_at_1", "recall_at_5", "recall_at_10", "map_at_r", "r_precision", "knn_accuracy"])
+    trials = {name: row["open_set"] for name, row in rows.items() if "open_set" in row}
+    if trials:
+        trial = next(iter(trials.values()))
+        text += (
+            f"\n\nopen set: {trial['enrolled']} enrolled, {trial['strangers']} strangers, threshold from "
+            f"{trial['calibration_strangers']} others at a promised FPIR of {trial['target_fpir']:.3f}\n"
+        ) + table(trials, ["closed_set_accuracy", "detection_rate", "observed_fpir"])
+    return text
 
 
 def table(rows: dict[str, dict[str, Any]], columns: list[str]) -> str:

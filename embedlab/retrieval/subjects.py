@@ -1,0 +1,160 @@
+"""What `embedlab evaluate` measures: encoders, their baselines, or vectors that are stored, all read in one way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from embedlab._types import Embeddings
+from embedlab.data.images import OnError
+from embedlab.data.sources import Source, open_source
+from embedlab.retrieval.embeddings import is_vectors, read_protocol, read_vectors
+
+if TYPE_CHECKING:
+    from embedlab.encoders import Encoder
+
+Where = Mapping[str, str | Collection[str]]
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The vectors of one PATH.
+
+    Args:
+        embeddings: Of what could be read.
+        columns: Further columns of the manifest, row by row of the embeddings.
+        skipped: Names of images that could not be read.
+        ignored: Files of a folder that were left aside because they are no images.
+    """
+
+    embeddings: Embeddings
+    columns: Mapping[str, list[str]] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    ignored: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """Something that gives vectors.
+
+    Args:
+        name: Its row in the table.
+        read: From PATH and the rows wanted to vectors.
+        about: What the protocol says of it, such as the encoder's fingerprint.
+        encoder: Where it is one of ours.
+    """
+
+    name: str
+    read: Callable[[str, Where | None], Reading]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    encoder: Encoder | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions:
+    """How images become vectors.
+
+    Args:
+        batch_size: Images per forward pass.
+        precision: "float32" or "bfloat16".
+        on_error: What an unreadable image does: "stop" or "skip".
+    """
+
+    batch_size: int = 128
+    precision: Precision = "float32"
+    on_error: OnError = "stop"
+
+
+def stored_subject(path: str, labels: str | None = None, *, name: str = "vectors") -> Subject:
+    """Vectors that are stored; every PATH that is read must hold some.
+
+    Args:
+        path: Of the queries; the protocol of stored embeddings says how they were made.
+        labels: File with the labels of the queries, see `read_vectors`.
+        name: Of the row.
+    """
+
+    def read(where: str, select: Where | None) -> Reading:
+        if select:
+            raise ValueError("--select chooses rows of a manifest; stored vectors have no columns.")
+        return Reading(read_vectors(where, labels))
+
+    told = {"encoder", "preprocessing", "precision", "source", "select"}
+    made = read_protocol(path) if (os.path.isdir(path) and is_vectors(path)) else {}
+    about = {("fingerprint" if key == "encoder" else key): made[key] for key in told & made.keys()}
+    return Subject(name, read, _with_digest(about))
+
+
+def encoder_subject(encoder: Encoder, name: str = "encoder", *, options: ReadingOptions | None = None) -> Subject:
+    """An encoder; a GPU embeds where there is one."""
+    import torch
+
+    placed = encoder.to("cuda") if torch.cuda.is_available() else encoder
+    chosen = options or ReadingOptions()
+
+    def read(where: str, select: Where | None) -> Reading:
+        source = open_source(where, select=select)
+        found = placed.embed(source, batch_size=chosen.batch_size, precision=chosen.precision, on_error=chosen.on_error)
+        return _reading(source, found)
+
+    about = {
+        "fingerprint": placed.fingerprint,
+        "architecture": placed.architecture,
+        "preprocessing": placed.preprocessing,
+        "precision": chosen.precision,
+        "batch_size": chosen.batch_size,
+        "device": str(placed.mean.device),
+    }
+    return Subject(name, read, _with_digest(about), placed)
+
+
+def baseline_subjects(
+    encoder: Encoder, path: str, select: Where | None = None, *, options: ReadingOptions | None = None
+) -> list[Subject]:
+    """What an encoder must beat: raw pixels, and the same network untrained.
+
+    Args:
+        encoder: Gives architecture and preprocessing.
+        path: Images that set the running statistics of batch normalisation in the untrained network.
+        select: Rows of these.
+        options: See `encoder_subject`.
+    """
+    import torch
+
+    from embedlab.encoders import Encoder, Pixels
+
+    source = open_source(path, select=select)
+    rows = list(range(0, len(source), max(1, len(source) // 256)))
+    images, _, _ = source.read(
+        rows, encoder.image_size, channels=encoder.channels, how=encoder.fit, on_error="skip", skip_limit=1.0
+    )
+    pixels = Encoder(Pixels(encoder.image_size, in_channels=encoder.channels), **encoder.preprocessing)
+    return [
+        encoder_subject(pixels, "raw pixels", options=options),
+        encoder_subject(encoder.untrained(torch.from_numpy(images)), "untrained", options=options),
+    ]
+
+
+def _reading(source: Source, found: Embeddings) -> Reading:
+    """What became of a source whose row numbers are the ids."""
+    kept = found.ids.tolist()
+    lost = sorted(set(range(len(source))) - set(kept))
+    return Reading(
+        found,
+        {name: [values[row] for row in kept] for name, values in source.columns.items()},
+        tuple(source.names[row] for row in lost),
+        source.ignored,
+    )
+
+
+def _with_digest(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with a digest over the preprocessing, by which two protocols are told apart at a glance."""
+    if "preprocessing" not in about:
+        return dict(about)
+    text = json.dumps(about["preprocessing"], sort_keys=True)
+    return {**about, "preprocessing_digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
