@@ -1,7 +1,9 @@
 """Slow float64 oracles, by loops and letter by letter; they share no line with the library."""
 
+import itertools
 import math
 
+import numpy as np
 import torch
 
 # ---------------------------------------------------------------------------------------------------------- metrics
@@ -688,3 +690,34 @@ def distance_weights(z, y, reference=None, reference_labels=None, *, cutoff=0.5,
         for n, log in logs.items():
             weights[i, n] = 1 / sum(math.exp(other - log) for other in logs.values())
     return weights
+
+
+def naive_resampled_verification(genuine, impostor, genuine_rows, impostor_rows, left, right, *, far, resamples, seed):
+    """AUC, EER and TAR@FAR on lists of pairs that are written out as often as their identities were drawn."""
+    count = max(max(left), max(right)) + 1
+    generator = np.random.default_rng(seed)
+    found: dict[str, list[float]] = {"auc": [], "eer": [], **{f"tar_at_{rate:g}": [] for rate in far}}
+    for _ in range(resamples):
+        drawn = generator.multinomial(count, np.full(count, 1 / count), size=1)[0]
+        yes = [score for score, (a, _) in zip(genuine, genuine_rows, strict=True) for _ in range(drawn[left[a]])]
+        no = [
+            score
+            for score, (a, b) in zip(impostor, impostor_rows, strict=True)
+            for _ in range(drawn[left[a]] * drawn[right[b]])
+        ]
+        if not yes or not no:
+            for values in found.values():
+                values.append(math.nan)
+            continue
+        found["auc"].append(np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a in yes for b in no]))
+        points = [(0.0, 1.0)] + [
+            (np.mean([b >= t for b in no]), np.mean([a < t for a in yes])) for t in sorted({*yes, *no}, reverse=True)
+        ]
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
+            if y1 <= x1:  # the straight line between both crosses the diagonal
+                way = (y0 - x0) / ((y0 - x0) - (y1 - x1))
+                found["eer"].append(x0 + way * (x1 - x0))
+                break
+        for rate in far:
+            found[f"tar_at_{rate:g}"].append(max(1 - miss for accept, miss in points if accept <= rate + 1e-12))
+    return {name: np.array(values) for name, values in found.items()}

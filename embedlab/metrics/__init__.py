@@ -1,7 +1,8 @@
 """Metrics: arrays in (NumPy or torch), Python floats or arrays out; pure functions without torch.
 
 retrieval       recall_at_k, precision_at_k, r_precision, map_at_r, mean_average_precision, mean_reciprocal_rank,
-                ndcg_at_k, cmc, knn_accuracy, and several in one pass: retrieval_report
+                ndcg_at_k, cmc, knn_accuracy, knn_hits, and several in one pass: retrieval_report; the neighbours
+                themselves: nearest_neighbours
 verification    roc_auc, eer, tar_at_far, average_precision, roc_curve, det_curve, best_accuracy;
                 over all pairs of a set: verification_report
 open set        fpir_fnir, open_set_curve, detection_identification_rate, unknown_auroc, oscr
@@ -10,7 +11,8 @@ segmentation    pixel_accuracy, mean_pixel_accuracy, mean_iou, dice, ods, ois
 clustering      clustering_report by k-means, normalized_mutual_information, adjusted_rand_index
 linear probe    linear_probe_accuracy, fit_linear_probe
 health          feature_std, effective_rank, alignment, uniformity, hubness (no labels needed)
-intervals       bootstrap_interval over identities, paired_interval of two encoders, wilson_interval
+intervals       bootstrap_interval over identities, paired_interval of two encoders, wilson_interval;
+                of verification: draw_pairs, verification_resamples
 several ranks   each_sample_once
 """
 
@@ -22,7 +24,7 @@ from embedlab.metrics.classification import (
 )
 from embedlab.metrics.clustering import adjusted_rand_index, clustering_report, normalized_mutual_information
 from embedlab.metrics.health import alignment, effective_rank, feature_std, hubness, uniformity
-from embedlab.metrics.intervals import bootstrap_interval, paired_interval, wilson_interval
+from embedlab.metrics.intervals import bootstrap_interval, bootstrap_intervals, paired_interval, wilson_interval
 from embedlab.metrics.open_set import (
     detection_identification_rate,
     fpir_fnir,
@@ -30,16 +32,19 @@ from embedlab.metrics.open_set import (
     oscr,
     unknown_auroc,
 )
+from embedlab.metrics.pair_sample import PairSample, draw_pairs, verification_resamples
 from embedlab.metrics.probes import LinearProbe, fit_linear_probe, linear_probe_accuracy
 from embedlab.metrics.ranks import each_sample_once
 from embedlab.metrics.retrieval import (
     RetrievalReport,
     cmc,
     knn_accuracy,
+    knn_hits,
     map_at_r,
     mean_average_precision,
     mean_reciprocal_rank,
     ndcg_at_k,
+    nearest_neighbours,
     precision_at_k,
     r_precision,
     recall_at_k,
@@ -47,6 +52,7 @@ from embedlab.metrics.retrieval import (
 )
 from embedlab.metrics.segmentation import dice, mean_iou, mean_pixel_accuracy, ods, ois, pixel_accuracy
 from embedlab.metrics.verification import (
+    VerificationCurve,
     VerificationReport,
     average_precision,
     best_accuracy,
@@ -60,13 +66,16 @@ from embedlab.metrics.verification import (
 
 __all__ = [
     "LinearProbe",
+    "PairSample",
     "RetrievalReport",
+    "VerificationCurve",
     "VerificationReport",
     "adjusted_rand_index",
     "alignment",
     "average_precision",
     "best_accuracy",
     "bootstrap_interval",
+    "bootstrap_intervals",
     "calibration_error",
     "classification_report",
     "clustering_report",
@@ -75,6 +84,7 @@ __all__ = [
     "det_curve",
     "detection_identification_rate",
     "dice",
+    "draw_pairs",
     "each_sample_once",
     "eer",
     "effective_rank",
@@ -83,6 +93,7 @@ __all__ = [
     "fpir_fnir",
     "hubness",
     "knn_accuracy",
+    "knn_hits",
     "linear_probe_accuracy",
     "map_at_r",
     "mean_average_precision",
@@ -91,6 +102,7 @@ __all__ = [
     "mean_reciprocal_rank",
     "multilabel_report",
     "ndcg_at_k",
+    "nearest_neighbours",
     "normalized_mutual_information",
     "ods",
     "ois",
@@ -108,5 +120,6 @@ __all__ = [
     "uniformity",
     "unknown_auroc",
     "verification_report",
+    "verification_resamples",
     "wilson_interval",
 ]

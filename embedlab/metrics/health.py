@@ -9,7 +9,7 @@ import numpy as np
 
 from embedlab.metrics._arrays import Floats, as_array
 from embedlab.metrics._ranking import BUDGET, Rows, Search
-from embedlab.metrics.retrieval import _checked_depth, _without_itself
+from embedlab.metrics.retrieval import _checked_depth, _nearest
 
 
 def feature_std(vectors: Any) -> float:
@@ -168,11 +168,9 @@ def hubness(vectors: Any, *, k: int = 10) -> float:
     rows = Rows(vectors, "vectors")
     if k >= len(rows):
         raise ValueError(f"hubness with k={k} needs more than k vectors, got {len(rows)}; lower k.")
-    search, counts = Search(rows), np.zeros(len(rows))
+    counts = np.zeros(len(rows))
     step = max(1, min(8192, BUDGET // (16 * max(k, rows.dim))))
-    for start in range(0, len(rows), step):
-        ids, scores = search.nearest(rows.unit(slice(start, start + step)), k + 1)
-        ids, _ = _without_itself(ids, scores, first=start)
+    for _, ids, _ in _nearest(rows, Search(rows), k, True, step):
         counts += np.bincount(ids.ravel(), minlength=len(rows))
     away = counts - counts.mean()
     spread = np.sqrt((away**2).mean())

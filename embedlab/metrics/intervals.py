@@ -1,11 +1,12 @@
 """How sure is a figure? Intervals over identities, because ten pictures of one person are not ten people."""
 
+from collections.abc import Mapping
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from embedlab.metrics._arrays import as_array, as_labels
+from embedlab.metrics._arrays import Floats, as_array, as_labels
 
 _BLOCK = 4 << 20  # numbers drawn at a time
 
@@ -37,30 +38,70 @@ def bootstrap_interval(
         >>> low, high
         (0.0, 1.0)
     """
+    found = bootstrap_intervals({"values": values}, identities, confidence=confidence, resamples=resamples, seed=seed)
+    return found["values"]
+
+
+def bootstrap_intervals(
+    values: Mapping[str, Any], identities: Any, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """`bootstrap_interval` of several figures of the same samples, from the same draws.
+
+    Args:
+        values: Name to (N,) values.
+        identities: See `bootstrap_interval`, as for the other arguments.
+        confidence: Probability in the middle, in (0, 1).
+        resamples: How many means are taken.
+        seed: Of the draws.
+
+    Returns:
+        Name to (low, high): for each what `bootstrap_interval` gives.
+
+    Raises:
+        ValueError: As `bootstrap_interval`.
+
+    Example:
+        >>> bootstrap_intervals({"recall": [1, 1, 0, 0]}, ["ann", "ann", "bob", "bob"])
+        {'recall': (0.0, 1.0)}
+    """
     tail = (1 - _checked_confidence(confidence)) / 2
     if resamples < 1:
         raise ValueError(f"bootstrap_interval needs resamples of at least 1, got {resamples}; 2000 is usual.")
-    samples = as_array(values).astype(np.float64)
-    if samples.ndim != 1:
-        raise ValueError(f"values must be (N,) numbers, got shape {samples.shape}.")
-    owners = as_labels(identities, "identities", len(samples))[~np.isnan(samples)]
-    samples = samples[~np.isnan(samples)]
-    codes = np.unique(owners, return_inverse=True)[1]
+    together: dict[bytes, dict[str, Floats]] = {}  # figures that leave out the same samples share their draws
+    for name, given in values.items():
+        samples = as_array(given).astype(np.float64)
+        if samples.ndim != 1:
+            raise ValueError(f"values must be (N,) numbers, got shape {samples.shape}.")
+        together.setdefault(np.isnan(samples).tobytes(), {})[name] = samples
+    found: dict[str, tuple[float, float]] = {}
+    for figures in together.values():
+        columns = np.stack(list(figures.values()), axis=1)
+        means = _resampled_means(columns, identities, resamples, seed)
+        for name, (low, high) in zip(figures, np.quantile(means, [tail, 1 - tail], axis=0).T, strict=True):
+            found[name] = (float(low), float(high))
+    return {name: found[name] for name in values}
+
+
+def _resampled_means(samples: Floats, identities: Any, resamples: int, seed: int) -> Floats:
+    """Means (R, M) of samples (N, M), whole identities drawn with replacement."""
+    kept = ~np.isnan(samples[:, 0])
+    codes = np.unique(as_labels(identities, "identities", len(samples))[kept], return_inverse=True)[1]
+    samples = samples[kept]
     count = int(codes.max()) + 1 if len(codes) else 0
     if count < 2:
         raise ValueError(
             f"bootstrap_interval draws identities and needs at least 2 that have a value, got {count}: "
             "are identities the labels of the samples?"
         )
-    sums, sizes = np.bincount(codes, weights=samples), np.bincount(codes)
+    sums = np.stack([np.bincount(codes, weights=column) for column in samples.T], axis=1)  # (C, M)
+    sizes = np.bincount(codes)
     generator = np.random.default_rng(seed)
     means = []
     for start in range(0, resamples, max(1, _BLOCK // count)):
         rows = min(max(1, _BLOCK // count), resamples - start)
         drawn = generator.multinomial(count, np.full(count, 1 / count), size=rows)  # (rows, identities): how often
-        means.append((drawn @ sums) / (drawn @ sizes))
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return float(low), float(high)
+        means.append((drawn @ sums) / (drawn @ sizes)[:, None])
+    return np.concatenate(means)
 
 
 def paired_interval(

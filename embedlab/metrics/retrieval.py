@@ -4,7 +4,7 @@ All functions rank by cosine (vectors may have any norm) and share one signature
 `f(query, query_labels, reference=None, reference_labels=None, *, empty="skip", groups=None)`, some with `k`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from embedlab.metrics._arrays import Floats, Integers
+from embedlab.metrics._arrays import Booleans, Floats, Integers
 from embedlab.metrics._progress import Progress
-from embedlab.metrics._ranking import BUDGET, Matches, Problem
+from embedlab.metrics._ranking import BUDGET, Matches, Problem, Rows, Search
 
 Empty = Literal["skip", "zero", "error"]
 
@@ -393,6 +393,35 @@ def knn_accuracy(
         >>> knn_accuracy([[1, 0], [0, 1]], ["a", "b"], [[2, 1], [1, 3]], ["a", "b"], k=1)
         1.0
     """
+    return float(knn_hits(train, train_labels, test, test_labels, k=k, temperature=temperature).mean())
+
+
+def knn_hits(
+    train: Any,
+    train_labels: Any,
+    test: Any = None,
+    test_labels: Any = None,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
+) -> Booleans:
+    """Whether the vote of `knn_accuracy` is right, test sample by test sample: what `bootstrap_interval` wants.
+
+    Args:
+        train: See `knn_accuracy`, as for the other arguments.
+        train_labels: (N,) labels.
+        test: (Q, D) vectors, or None for leave-one-out.
+        test_labels: (Q,) labels.
+        k: Voters per test sample.
+        temperature: Divides the cosine.
+
+    Raises:
+        ValueError: As `knn_accuracy`.
+
+    Example:
+        >>> knn_hits([[1, 0], [0, 1]], ["a", "b"], [[2, 1], [3, 1]], ["a", "b"], k=1).tolist()
+        [True, False]
+    """
     k = _checked_depth(k, "knn_accuracy")
     if not temperature > 0:
         raise ValueError(f"knn_accuracy needs temperature > 0, got {temperature}; usual values are 0.07 and 0.1.")
@@ -403,19 +432,58 @@ def knn_accuracy(
     k, classes = min(k, len(problem.reference) - problem.leave_one_out), len(problem.classes)
     if k < 1:
         raise ValueError("knn_accuracy by leave-one-out needs at least 2 samples, got 1.")
+    right = np.empty(len(problem.query), dtype=np.bool_)
     step = int(np.clip(BUDGET // (16 * max(k, classes, problem.query.dim)), 1, 8192))
-    right = 0
-    for start in range(0, len(problem.query), step):
-        rows = slice(start, start + step)
-        ids, scores = problem.search.nearest(problem.query.unit(rows), k + problem.leave_one_out)
-        if problem.leave_one_out:
-            ids, scores = _without_itself(ids, scores, first=start)
+    for rows, ids, scores in _nearest(problem.query, problem.search, k, problem.leave_one_out, step):
         # relative to the nearest: exp(1 / temperature) overflows for small temperatures
         weights = np.exp((scores - scores[:, :1]) / temperature)
         ballot = np.arange(len(ids))[:, None] * classes + problem.reference_codes[ids]
         votes = np.bincount(ballot.ravel(), weights=weights.ravel(), minlength=len(ids) * classes)
-        right += int((votes.reshape(-1, classes).argmax(axis=1) == problem.query_codes[rows]).sum())
-    return right / len(problem.query)
+        right[rows] = votes.reshape(-1, classes).argmax(axis=1) == problem.query_codes[rows]
+    return right
+
+
+def nearest_neighbours(query: Any, reference: Any = None, *, k: int = 10) -> tuple[Integers, Floats]:
+    """The exact k nearest rows of each query by cosine, ties to the lower row: the rankings of all metrics here.
+
+    Args:
+        query: (Q, D) vectors of any norm, NumPy or torch.
+        reference: (N, D) vectors to search, or None: each query among the other queries.
+        k: How many; all there are, if these are fewer.
+
+    Returns:
+        Rows (Q, k), nearest first, and their cosines (Q, k), in float32 precision where nothing depends on it.
+
+    Raises:
+        ValueError: Shapes that do not fit, a NaN or zero vector, nothing to search.
+
+    Example:
+        >>> nearest_neighbours([[1, 0], [9, 1], [0, 1]], k=1)[0].tolist()
+        [[1], [0], [1]]
+    """
+    within = reference is None
+    left = Rows(query, "query")
+    right = left if within else Rows(reference, "reference")
+    if left.dim != right.dim:
+        raise ValueError(f"query has {left.dim} numbers per row, reference has {right.dim}: two different encoders?")
+    k = min(_checked_depth(k, "nearest_neighbours"), len(right) - within)
+    if k < 1:
+        raise ValueError("nearest_neighbours among the queries needs at least 2 rows, got 1.")
+    ids, scores = np.empty((len(left), k), dtype=np.int64), np.empty((len(left), k))
+    step = int(np.clip(BUDGET // (16 * max(k, left.dim)), 1, 8192))
+    for rows, found, cosines in _nearest(left, Search(right), k, within, step):
+        ids[rows], scores[rows] = found, cosines
+    return ids, scores
+
+
+def _nearest(
+    query: Rows, search: Search, k: int, leave_one_out: bool, step: int
+) -> Iterator[tuple[slice, Integers, Floats]]:
+    """Some queries at a time with their k nearest and the cosines, themselves left out."""
+    for start in range(0, len(query), step):
+        rows = slice(start, start + step)
+        ids, scores = search.nearest(query.unit(rows), k + leave_one_out)
+        yield rows, *(_without_itself(ids, scores, first=start) if leave_one_out else (ids, scores))
 
 
 def _without_itself(ids: Integers, scores: Floats, *, first: int) -> tuple[Integers, Floats]:

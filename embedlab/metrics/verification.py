@@ -186,6 +186,21 @@ def tar_at_far(scores: Any, same: Any, far: Any) -> float | Floats:
     return float(rates) if rates.ndim == 0 else rates
 
 
+@dataclass(frozen=True, eq=False)
+class VerificationCurve:
+    """Operating points of a verifier over all pairs of a set, thinned for a picture: ROC, DET and precision-recall.
+
+    Args:
+        far: (T,) false accept rates, ascending.
+        tar: (T,) true accept rate at each.
+        precision: (T,) share of the accepted pairs that is genuine; NaN where nobody is accepted.
+    """
+
+    far: Floats
+    tar: Floats
+    precision: Floats
+
+
 @dataclass(frozen=True)
 class VerificationReport:
     """Verification over all pairs of a set.
@@ -199,6 +214,9 @@ class VerificationReport:
         genuine: Genuine pairs compared.
         impostors: Impostor pairs compared.
         resolution: Cosines closer than this are one: 1e-12, or 1e-6 where there are too many genuine pairs to hold.
+        average_precision: Of the genuine among all pairs, by cosine.
+        eer_threshold: Lowest cosine accepted where false rejects first do not exceed false accepts.
+        curve: For pictures, where points were asked for.
     """
 
     auc: float
@@ -209,13 +227,18 @@ class VerificationReport:
     genuine: int
     impostors: int
     resolution: float
+    average_precision: float
+    eer_threshold: float
+    curve: VerificationCurve | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into a JSON document."""
-        return asdict(self)
+        """What goes into a JSON document: all but the curve."""
+        return {name: value for name, value in asdict(self).items() if name != "curve"}
 
 
-def verification_report(embeddings: Any, labels: Any, *, far: Any = None, groups: Any = None) -> VerificationReport:
+def verification_report(
+    embeddings: Any, labels: Any, *, far: Any = None, groups: Any = None, curve: int = 0
+) -> VerificationReport:
     """AUC, equal error rate and TAR@FAR over all N (N - 1) / 2 pairs of a set, in bounded memory.
 
     What `roc_auc`, `eer` and `tar_at_far` say of the list of all cosines, without the list: the genuine pairs are few
@@ -226,7 +249,10 @@ def verification_report(embeddings: Any, labels: Any, *, far: Any = None, groups
         embeddings: (N, D) vectors of any norm, NumPy or torch.
         labels: (N,) integers or strings; a pair of one label is genuine.
         far: False accept rates in (0, 1]; None takes 0.1, 0.01, ... as long as they allow 10 impostor pairs.
-        groups: (N,) pairs within a group are left out (frames of one track).
+        groups: (N,) pairs within a group are left out (frames of one track). To compare queries with a reference only,
+            put both into one set and give each side one group.
+        curve: About how many operating points to keep for a picture; they lie densely on linear and on logarithmic
+            axes alike.
 
     Raises:
         ValueError: Shapes or labels that do not fit, a NaN or zero vector, only one kind of pair, a `far` below one
@@ -255,6 +281,8 @@ def verification_report(embeddings: Any, labels: Any, *, far: Any = None, groups
     place = _last_within(targets, false_accepts)
     # points 2 i and 2 i + 1 have accepted i levels
     levels = np.append(np.inf, counts.levels[::-1])
+    hits, misses = accepts[2::2], false_accepts[2::2]  # with each level
+    equal = int((1 - hits / genuine <= misses / impostors).argmax())
     return VerificationReport(
         auc=_area(false_accepts, accepts),
         eer=_equal_errors(false_accepts, accepts),
@@ -264,7 +292,24 @@ def verification_report(embeddings: Any, labels: Any, *, far: Any = None, groups
         genuine=genuine,
         impostors=impostors,
         resolution=counts.resolution,
+        average_precision=float((np.diff(hits, prepend=0) * (hits / (hits + misses))).sum() / genuine),
+        eer_threshold=float(counts.levels[::-1][equal]),
+        curve=_thinned(false_accepts, accepts, curve) if curve else None,
     )
+
+
+def _thinned(false_accepts: Integers, accepts: Integers, points: int) -> VerificationCurve:
+    """Operating points near even steps of either error, on linear and on logarithmic axes."""
+    third = max(2, points // 3)
+    impostors, genuine = false_accepts[-1], accepts[-1]
+    rare = np.searchsorted(false_accepts, np.geomspace(1, impostors, third))
+    missed = np.searchsorted(accepts, genuine - np.geomspace(1, genuine, third))
+    linear = np.searchsorted(accepts, np.linspace(0, genuine, third))
+    last = len(accepts) - 1
+    chosen = np.unique(np.clip(np.concatenate([[0, last], rare, rare - 1, missed, missed - 1, linear]), 0, last))
+    taken = accepts[chosen] + false_accepts[chosen]
+    precision = np.where(taken > 0, accepts[chosen] / np.maximum(taken, 1), np.nan)
+    return VerificationCurve(false_accepts[chosen] / impostors, accepts[chosen] / genuine, precision)
 
 
 def average_precision(scores: Any, positive: Any) -> float:

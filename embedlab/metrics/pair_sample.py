@@ -1,0 +1,243 @@
+"""Pairs for intervals and pictures: all of them where they are few, else drawn by a seed.
+
+The figures themselves come from all pairs (`verification_report`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from embedlab.metrics._arrays import Array, Floats, Integers, as_labels, encode_together
+from embedlab.metrics._ranking import BUDGET, Rows
+from embedlab.metrics.verification import _equal_errors
+
+MOST = 300_000  # pairs of a kind
+LEVELS = 1024  # thresholds between which scores are not told apart in resamples
+_BLOCK = 4 << 20  # weights in memory at a time
+
+
+@dataclass(frozen=True, eq=False)
+class PairSample:
+    """Genuine and impostor pairs of one set, or of a query set and a reference.
+
+    Args:
+        genuine: (G, 2) rows; the second counts in the reference where there is one.
+        impostors: (I, 2) rows.
+        codes: Identity of each row of both sides, by one list; the same array twice without a reference.
+        genuine_total: How many there are; more than G where they were drawn, with replacement.
+        impostors_total: As genuine_total.
+    """
+
+    genuine: Integers
+    impostors: Integers
+    codes: tuple[Integers, Integers]
+    genuine_total: int
+    impostors_total: int
+
+    def scores(self, query: Any, reference: Any = None) -> tuple[Floats, Floats]:
+        """Cosines of the genuine (G,) and the impostor (I,) pairs, in float64."""
+        left = Rows(query, "query")
+        right = left if reference is None else Rows(reference, "reference")
+        step = max(1, BUDGET // (32 * left.dim))
+        found = []
+        for pairs in (self.genuine, self.impostors):
+            scores = np.empty(len(pairs))
+            for start in range(0, len(pairs), step):
+                part = pairs[start : start + step]
+                scores[start : start + step] = np.einsum("nd,nd->n", left.unit(part[:, 0]), right.unit(part[:, 1]))
+            found.append(scores)
+        return found[0], found[1]
+
+
+def draw_pairs(labels: Any, reference_labels: Any = None, *, most: int = MOST, seed: int = 0) -> PairSample:
+    """Take all pairs of a kind where there are at most `most`, else draw as many by the seed.
+
+    Which pairs are taken depends on labels, `most` and seed alone, so that two encoders are seen on the same ones.
+
+    Args:
+        labels: (N,) of the queries.
+        reference_labels: (M,) of what they are compared with; None compares the queries with one another.
+        most: Pairs of each kind.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: Only one kind of pair.
+
+    Example:
+        >>> found = draw_pairs(["a", "a", "b"])
+        >>> found.genuine.tolist(), found.impostors.tolist()
+        ([[0, 1]], [[0, 2], [1, 2]])
+    """
+    within = reference_labels is None
+    first = as_labels(labels, "labels")
+    second = first if within else as_labels(reference_labels, "reference_labels")
+    left, right, names = encode_together(first, second, "labels and reference_labels")
+    sizes = [np.bincount(side, minlength=len(names)) for side in (left, right)]
+    per_class = sizes[0] * (sizes[0] - 1) // 2 if within else sizes[0] * sizes[1]
+    everything = len(left) * (len(left) - 1) // 2 if within else len(left) * len(right)
+    genuine, impostors = int(per_class.sum()), everything - int(per_class.sum())
+    if not genuine or not impostors:
+        raise ValueError(
+            f"verification compares genuine with impostor pairs and needs both, got {genuine} genuine and {impostors} "
+            "impostors: a set of one class, or of classes of one?"
+        )
+    generator = np.random.default_rng(seed)
+    drawn = [
+        _all_genuine(left, right, within)
+        if genuine <= most
+        else _some_genuine(left, right, per_class, within, generator, most),
+        _all_impostors(left, right, within) if everything <= 4 * most else np.empty((0, 2), dtype=np.int64),
+    ]
+    if everything > 4 * most or len(drawn[1]) > most:
+        drawn[1] = _some_impostors(left, right, generator, most)
+    return PairSample(drawn[0], drawn[1], (left, right), genuine, impostors)
+
+
+def _all_genuine(left: Integers, right: Integers, within: bool) -> Integers:
+    parts = []
+    for mine, others in zip(_members(left, right), _members(right, left), strict=True):
+        rows, columns = np.triu_indices(len(mine), 1) if within else np.indices((len(mine), len(others))).reshape(2, -1)
+        parts.append(np.stack([mine[rows], others[columns]], axis=1))
+    return np.concatenate(parts)
+
+
+def _members(codes: Integers, others: Integers) -> list[Array]:
+    """Rows of each identity."""
+    sizes = np.bincount(codes, minlength=int(max(codes.max(), others.max())) + 1)
+    return np.split(np.argsort(codes, kind="stable"), np.cumsum(sizes)[:-1])
+
+
+def _all_impostors(left: Integers, right: Integers, within: bool) -> Integers:
+    rows, columns = np.triu_indices(len(left), 1) if within else np.indices((len(left), len(right))).reshape(2, -1)
+    kept = left[rows] != right[columns]
+    return np.stack([rows[kept], columns[kept]], axis=1).astype(np.int64)
+
+
+def _some_genuine(
+    left: Integers, right: Integers, per_class: Array, within: bool, generator: np.random.Generator, most: int
+) -> Integers:
+    chosen = generator.choice(len(per_class), size=most, p=per_class / per_class.sum())
+    pairs = np.empty((most, 2), dtype=np.int64)
+    mine, others = _members(left, right), _members(right, left)
+    order = np.argsort(chosen, kind="stable")
+    for code, places in zip(*_runs(chosen[order], order), strict=True):
+        first = generator.integers(len(mine[code]), size=len(places))
+        second = generator.integers(len(others[code]) - within, size=len(places))
+        second += within & (second >= first)  # never itself
+        pairs[places] = np.stack([mine[code][first], others[code][second]], axis=1)
+    return pairs
+
+
+def _runs(values: Array, places: Array) -> tuple[list[int], list[Array]]:
+    """Distinct ascending values, and the places of each."""
+    found, starts = np.unique(values, return_index=True)
+    return found.tolist(), np.split(places, starts[1:])
+
+
+def _some_impostors(left: Integers, right: Integers, generator: np.random.Generator, most: int) -> Integers:
+    parts: list[Array] = []
+    while sum(map(len, parts)) < most:
+        rows, columns = (generator.integers(len(side), size=most) for side in (left, right))
+        kept = left[rows] != right[columns]
+        parts.append(np.stack([rows[kept], columns[kept]], axis=1))
+    return np.concatenate(parts)[:most]
+
+
+def verification_resamples(
+    pairs: PairSample,
+    scores: tuple[Floats, Floats],
+    *,
+    far: Sequence[float] = (),
+    resamples: int = 500,
+    seed: int = 0,
+) -> dict[str, Floats]:
+    """AUC, equal error rate and TAR@FAR in resamples of identities, for intervals and paired differences.
+
+    Identities are drawn with replacement. One that is drawn w times brings each of its genuine pairs w times, and each
+    impostor pair with one that is drawn v times w v times; pairs of an identity with its own copy are none. Two
+    encoders with the same pairs and seed see the same draws, so that their differences are paired. Scores are told
+    apart at 1024 thresholds, dense where false accepts are rare.
+
+    Args:
+        pairs: Of `draw_pairs`.
+        scores: Of `PairSample.scores`.
+        far: False accept rates for TAR.
+        resamples: How many.
+        seed: Of the draws.
+
+    Returns:
+        auc, eer and tar_at_F for each F: (resamples,) each, NaN where a resample holds one kind of pair only.
+
+    Example:
+        >>> pairs = draw_pairs(["a", "a", "b", "b", "c", "c"])
+        >>> scores = pairs.scores([[1, 0], [9, 1], [0, 1], [1, 9], [-1, 0], [-9, 1]])
+        >>> float(np.nanmin(verification_resamples(pairs, scores, resamples=20)["auc"]))
+        1.0
+    """
+    codes = [
+        np.stack([pairs.codes[0][part[:, 0]], pairs.codes[1][part[:, 1]]], axis=1)
+        for part in (pairs.genuine, pairs.impostors)
+    ]
+    count = int(max(pairs.codes[0].max(), pairs.codes[1].max())) + 1
+    edges = _edges(*scores)
+    tables = [_table(edges, values, sides, count) for values, sides in zip(scores, codes, strict=True)]
+    generator = np.random.default_rng(seed)
+    step = max(1, _BLOCK // max(table[1].shape[0] for table in tables))
+    parts: list[dict[str, Floats]] = []
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        weights = generator.multinomial(count, np.full(count, 1 / count), size=size).T.astype(np.float64)  # (C, R)
+        genuine = tables[0][0] @ weights[tables[0][1][:, 0]]  # (T, R) by level, the highest first
+        impostors = tables[1][0] @ (weights[tables[1][1][:, 0]] * weights[tables[1][1][:, 1]])
+        parts.append(_figures(genuine, impostors, far))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _edges(genuine: Floats, impostors: Floats) -> Floats:
+    """Thresholds in descending order: every score where they are few, else dense at both errors' tails."""
+    every = np.unique(np.concatenate([genuine, impostors]))[::-1]
+    if len(every) <= LEVELS:
+        return every
+    tail = np.geomspace(1 / len(impostors), 1, LEVELS // 2)
+    return np.unique(
+        np.concatenate(
+            [
+                np.quantile(impostors, 1 - tail),
+                np.quantile(genuine, np.linspace(0, 1, LEVELS // 4)),
+                np.quantile(impostors, np.linspace(0, 1, LEVELS // 4)),
+                every[[-1]],
+            ]
+        )
+    )[::-1]
+
+
+def _table(edges: Floats, scores: Floats, codes: Integers, count: int) -> tuple[Any, Integers]:
+    """Pairs (T, P) of each couple of identities that reach a threshold and not the one before; the couples (P, 2)."""
+    from scipy.sparse import coo_array
+
+    level = np.searchsorted(-edges, -scores, side="left")  # the first threshold, from above, that a score reaches
+    keys, couple = np.unique(codes[:, 0] * count + codes[:, 1], return_inverse=True)
+    table = coo_array((np.ones(len(scores)), (level, couple)), shape=(len(edges), len(keys)))
+    return table.tocsr(), np.stack(np.divmod(keys, count), axis=1)
+
+
+def _figures(genuine: Array, impostors: Array, far: Sequence[float]) -> dict[str, Floats]:
+    """From weights by level (T, R) to figures (R,)."""
+    zero = np.zeros((1, genuine.shape[1]))
+    accepts, false_accepts = (np.concatenate([zero, part.cumsum(axis=0)]) for part in (genuine, impostors))
+    whole = (accepts[-1] > 0) & (false_accepts[-1] > 0)
+    names = ["auc", "eer", *(f"tar_at_{rate:g}" for rate in far)]
+    found = {name: np.full(genuine.shape[1], np.nan) for name in names}
+    for column in np.flatnonzero(whole):
+        hits, misses = accepts[:, column], false_accepts[:, column]
+        area = (np.diff(misses) * (hits[1:] + hits[:-1]) / 2).sum() / (misses[-1] * hits[-1])
+        found["auc"][column] = area
+        found["eer"][column] = _equal_errors(misses, hits)
+        for rate in far:
+            place = np.searchsorted(misses, rate * misses[-1] + 1e-9, side="right") - 1
+            found[f"tar_at_{rate:g}"][column] = hits[place] / hits[-1]
+    return found
