@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 PATH_HELP = "folder of images (label = folder), CSV or Parquet manifest, one image, or torchvision:NAME"
 VECTORS_HELP = f"{PATH_HELP}, stored embeddings, or vectors in a .npy, .parquet or .faiss file"
+ENCODER_HELP = "folder of a saved encoder, or an exported ONNX file, which needs no torch"
 ONE_PROBE_HELP = "all images are of one probe, such as the frames of one visit"
 LABELS_HELP = "labels of the vectors: text with one per line, .npy, or .csv with the columns id,label"
 
@@ -149,7 +150,7 @@ def _add_quickstart(commands: Any) -> None:
 def _add_embed(commands: Any) -> None:
     parser = _command(commands, "embed", _embed, "embed images and store the vectors")
     parser.add_argument("path", help=PATH_HELP)
-    parser.add_argument("--encoder", required=True, help="folder of a saved encoder")
+    parser.add_argument("--encoder", required=True, help=ENCODER_HELP)
     parser.add_argument("--out", type=Path, required=True, help="folder for the stored embeddings")
     parser.add_argument("--overwrite", action="store_true", help="replace stored embeddings")
     _add_reading(parser)
@@ -161,7 +162,7 @@ def _add_evaluate(commands: Any) -> None:
         commands, "evaluate", _evaluate, "measure retrieval, and with --open-set the refusal of strangers"
     )
     parser.add_argument("path", help=f"queries: {VECTORS_HELP}")
-    parser.add_argument("--encoder", help="folder of a saved encoder; not needed for stored embeddings")
+    parser.add_argument("--encoder", help=f"{ENCODER_HELP}; not needed for stored embeddings")
     parser.add_argument("--reference", help="what to search (default: leave-one-out within the queries)")
     parser.add_argument("--reference-select", nargs="+", metavar="COLUMN=VALUE", help="as --select, for the reference")
     parser.add_argument("--knn-k", type=_count, default=20, help="neighbours of the weighted k-NN classifier")
@@ -467,10 +468,10 @@ def _quickstart(options: argparse.Namespace) -> Result:
 
 
 def _embed(options: argparse.Namespace) -> Result:
-    from embedlab.encoders import Encoder
     from embedlab.retrieval import write_embeddings
+    from embedlab.retrieval.embedders import as_embedder, on_device
 
-    encoder = _on_device(Encoder.load(options.encoder))
+    encoder: Any = on_device(as_embedder(options.encoder))
     source = _source(options.path, options.select)
     started = time.perf_counter()
     embeddings = encoder.embed(
@@ -538,9 +539,9 @@ def _subjects(options: argparse.Namespace) -> list[Subject]:
         return [stored_subject(options.path, options.labels)]
     if options.encoder is None:
         raise ValueError(f"{options.path} holds images, so evaluate needs --encoder FOLDER.")
-    from embedlab.encoders import Encoder
+    from embedlab.retrieval.embedders import as_embedder
 
-    encoder = Encoder.load(options.encoder)
+    encoder = as_embedder(options.encoder)
     how = ReadingOptions(batch_size=options.batch_size, precision=options.precision, on_error=options.on_error)
     baselines = (
         baseline_subjects(encoder, options.path, _selection(options.select), options=how) if options.baselines else []
@@ -558,12 +559,13 @@ def _evaluate_backbone(options: argparse.Namespace) -> Result:
         raise ValueError("--protocol measures one backbone; run --open-set and --baselines without it.")
     from embedlab._machine import versions
     from embedlab.encoders import Encoder
+    from embedlab.retrieval.embedders import on_device
     from embedlab.tasks import evaluate_backbone
 
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after the work
     result = evaluate_backbone(
-        _on_device(Encoder.load(options.encoder)),
+        on_device(Encoder.load(options.encoder)),
         _source(options.reference or options.path, options.reference_select),
         _source(options.path, options.select),
         protocols=options.protocol,
@@ -593,13 +595,6 @@ def _protocol_table(result: Result) -> str:
     return "\n".join(
         f"{name:20}{row['accuracy']:.4f}{spread}" for (name, row), spread in zip(rows, spreads, strict=True)
     )
-
-
-def _on_device(encoder: Encoder) -> Encoder:
-    """On the GPU where there is one."""
-    import torch
-
-    return encoder.to("cuda") if torch.cuda.is_available() else encoder
 
 
 def _selected_vectors(path: str, labels: str | None, select: list[str] | None) -> Embeddings:

@@ -1,6 +1,8 @@
 """Exported files: the encoder's vectors, nothing of this machine, no torch to serve them."""
 
 import copy
+import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -24,7 +26,7 @@ onnx = pytest.importorskip("onnx", reason=WHY)
 onnxruntime = pytest.importorskip("onnxruntime", reason=WHY)
 pytest.importorskip("onnxscript", reason=WHY)
 
-from embedlab.retrieval import OnnxEmbedder  # noqa: E402 - after the skip
+from embedlab.retrieval import OnnxEmbedder, read_embeddings, read_protocol  # noqa: E402 - after the skip
 
 SUFFIX = {"onnx": ".onnx", "torch-export": ".pt2"}
 
@@ -371,3 +373,59 @@ def test_the_command_exports_and_a_gallery_is_made_of_it(tmp_path, capsys) -> No
     assert main(["gallery", "create", str(tmp_path / "g"), "--encoder", str(tmp_path / "e.onnx")]) == 0
     assert main(["gallery", "enroll", str(tmp_path / "g"), str(tmp_path / "people")]) == 0
     assert "enrolled 6 templates; " in capsys.readouterr().out
+
+
+def test_embed_and_evaluate_run_an_exported_file_like_its_encoder_and_without_torch(exported, tmp_path) -> None:
+    encoder, path, _ = exported
+    encoder.save(tmp_path / "encoder")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "model.onnx").write_bytes(path.read_bytes())
+    for number, image in enumerate(pictures(12, encoder)):
+        folder = tmp_path / "people" / f"p{number // 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).resize((30, 20)).save(folder / f"{number}.png")
+    run = """
+        import json, sys
+        from embedlab.cli import main
+        encoder, out = sys.argv[1:]
+        assert main(["embed", "people", "--encoder", encoder, "--out", out + "/vectors", "--json"]) == 0
+        assert main(["evaluate", "people", "--encoder", encoder, "--out", out + "/report.json"]) == 0
+        print("torch" in sys.modules)
+    """
+    found = {}
+    for name, given in [("encoder", "encoder"), ("file", str(path)), ("folder", "folder")]:
+        command = [sys.executable, "-c", textwrap.dedent(run), given, name + "-out"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == str(name == "encoder")
+        report = json.loads((tmp_path / f"{name}-out" / "report.json").read_text())
+        found[name] = (
+            read_embeddings(tmp_path / f"{name}-out" / "vectors"),
+            read_protocol(tmp_path / f"{name}-out" / "vectors"),
+            next(iter(report["results"].values())),
+        )
+    want, protocol, figures = found["encoder"]
+    for name in ("file", "folder"):
+        got, its_protocol, its_figures = found[name]
+        np.testing.assert_allclose(got.vectors, want.vectors, atol=1e-5)
+        assert (got.labels, got.paths) == (want.labels, want.paths)
+        for key in ("encoder", "preprocessing", "precision"):
+            assert its_protocol[key] == protocol[key]
+        assert its_figures["recall_at_1"] == figures["recall_at_1"]
+
+
+def test_what_an_exported_file_cannot_do_says_so(exported, tmp_path, capsys) -> None:
+    encoder, path, _ = exported
+    Image.fromarray(pictures(1, encoder)[0].transpose(1, 2, 0)).save(tmp_path / "a.png")
+    for command, text in [
+        (["embed", "--out", str(tmp_path / "v"), "--precision", "bfloat16"], "runs in float32 only, got precision 'bf"),
+        (["evaluate", "--baselines"], "--baselines needs the network itself with new weights, which .* does not desc"),
+        (["evaluate", "--protocol", "knn", "--reference", "x"], "this command takes the folder of the saved encoder"),
+    ]:
+        assert main([command[0], str(tmp_path / "a.png"), "--encoder", str(path), *command[1:]]) == 1
+        assert re.search(text, capsys.readouterr().err)
+
+
+def test_the_preprocessing_of_an_exported_file_is_the_encoders(exported) -> None:
+    encoder, path, _ = exported
+    assert OnnxEmbedder(path).preprocessing == encoder.preprocessing

@@ -183,6 +183,17 @@ class OnnxEmbedder:
         return hashlib.blake2b(json.dumps([self._digest, preprocessing]).encode(), digest_size=16).hexdigest()
 
     @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What happens to an image before the network sees it."""
+        return {
+            "image_size": self.image_size,
+            "channels": self.channels,
+            "fit": self.fit,
+            "mean": self._export["preprocessing"]["mean"] if self._export else self._mean.ravel().tolist(),
+            "std": self._export["preprocessing"]["std"] if self._export else self._std.ravel().tolist(),
+        }
+
+    @property
     def identities(self) -> frozenset[str]:
         """Hashes of the labels that an exported encoder was trained on."""
         return frozenset(self._export["identities"] if self._export else ())
@@ -230,19 +241,31 @@ class OnnxEmbedder:
         return vectors[:count]
 
     def embed(
-        self, images: Any, *, batch_size: int = 64, on_error: OnError = "stop", progress: bool = True
+        self,
+        images: Any,
+        *,
+        batch_size: int = 64,
+        precision: str = "float32",
+        on_error: OnError = "stop",
+        progress: bool = True,
     ) -> Embeddings:
         """Embed files, a data source or arrays.
 
         Args:
             images: Paths, a `Source`, or (N, C, H, W).
             batch_size: Images per call of the network.
+            precision: "float32"; nothing else is in the file.
             on_error: "stop" raises at the first unreadable file, "skip" leaves it out and logs it (1 % at most).
             progress: Show a bar on stderr when it takes longer than a second.
 
         Returns:
             Embeddings whose ids are row numbers of the input; labels and paths as far as the input has them.
         """
+        if precision != "float32":
+            raise ValueError(
+                f"{self.path} runs in float32 only, got precision {precision!r}; leave it out, or name the folder of "
+                "the encoder that was exported."
+            )
         return embed_images(
             images,
             self,
@@ -429,6 +452,15 @@ def as_embedder(embedder: Any) -> Embedder:
         f"An embedder is an Encoder, the folder of a saved one, an ONNX file, or a function images -> (B, D); "
         f"got {type(embedder).__name__}."
     )
+
+
+def on_device(embedder: Any) -> Any:
+    """An encoder on the GPU where there is one; others stay where they are, and torch is not loaded for them."""
+    if not hasattr(embedder, "to"):
+        return embedder
+    import torch
+
+    return embedder.to("cuda") if torch.cuda.is_available() else embedder
 
 
 def image_paths(images: Any) -> list[str] | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from embedlab._types import Embeddings
 from embedlab.data.images import OnError
 from embedlab.data.sources import Source, open_source
+from embedlab.retrieval.embedders import OnnxEmbedder, on_device
 from embedlab.retrieval.embeddings import is_vectors, read_protocol, read_vectors
 
 if TYPE_CHECKING:
@@ -90,11 +91,11 @@ def stored_subject(path: str, labels: str | None = None, *, name: str = "vectors
     return Subject(name, read, _with_digest(about))
 
 
-def encoder_subject(encoder: Encoder, name: str = "encoder", *, options: ReadingOptions | None = None) -> Subject:
-    """An encoder; a GPU embeds where there is one."""
-    import torch
-
-    placed = encoder.to("cuda") if torch.cuda.is_available() else encoder
+def encoder_subject(
+    encoder: Encoder | OnnxEmbedder, name: str = "encoder", *, options: ReadingOptions | None = None
+) -> Subject:
+    """An encoder, on a GPU where there is one, or its exported file, without torch."""
+    placed = on_device(encoder)
     chosen = options or ReadingOptions()
 
     def read(where: str, select: Where | None) -> Reading:
@@ -102,19 +103,20 @@ def encoder_subject(encoder: Encoder, name: str = "encoder", *, options: Reading
         found = placed.embed(source, batch_size=chosen.batch_size, precision=chosen.precision, on_error=chosen.on_error)
         return _reading(source, found)
 
+    exported = isinstance(encoder, OnnxEmbedder)
     about = {
         "fingerprint": placed.fingerprint,
-        "architecture": placed.architecture,
+        "architecture": {"class": "onnx"} if exported else placed.architecture,
         "preprocessing": placed.preprocessing,
         "precision": chosen.precision,
         "batch_size": chosen.batch_size,
-        "device": str(placed.mean.device),
+        "device": "cpu" if exported else str(placed.mean.device),
     }
-    return Subject(name, read, _with_digest(about), placed)
+    return Subject(name, read, _with_digest(about), None if exported else placed)
 
 
 def baseline_subjects(
-    encoder: Encoder, path: str, select: Where | None = None, *, options: ReadingOptions | None = None
+    encoder: Encoder | OnnxEmbedder, path: str, select: Where | None = None, *, options: ReadingOptions | None = None
 ) -> list[Subject]:
     """What an encoder must beat: raw pixels, and the same network untrained.
 
@@ -123,7 +125,15 @@ def baseline_subjects(
         path: Images that set the running statistics of batch normalisation in the untrained network.
         select: Rows of these.
         options: See `encoder_subject`.
+
+    Raises:
+        ValueError: An exported file, which does not describe its network.
     """
+    if isinstance(encoder, OnnxEmbedder):
+        raise ValueError(
+            f"--baselines needs the network itself with new weights, which {encoder.path} does not describe; name the "
+            "folder of the encoder that was exported."
+        )
     import torch
 
     from embedlab.encoders import Encoder, Pixels
