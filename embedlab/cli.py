@@ -19,7 +19,6 @@ from embedlab._json import plain
 if TYPE_CHECKING:
     from embedlab._types import Embeddings
     from embedlab.data import Source
-    from embedlab.encoders import Encoder
     from embedlab.retrieval.subjects import Subject
 
 Result = dict[str, Any]
@@ -541,7 +540,7 @@ def _subjects(options: argparse.Namespace) -> list[Subject]:
         raise ValueError(f"{options.path} holds images, so evaluate needs --encoder FOLDER.")
     from embedlab.retrieval.embedders import as_embedder
 
-    encoder = as_embedder(options.encoder)
+    encoder: Any = as_embedder(options.encoder)
     how = ReadingOptions(batch_size=options.batch_size, precision=options.precision, on_error=options.on_error)
     baselines = (
         baseline_subjects(encoder, options.path, _selection(options.select), options=how) if options.baselines else []
