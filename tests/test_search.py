@@ -17,7 +17,7 @@ import pytest
 
 from embedlab import Gallery
 from embedlab.retrieval import GalleryDamaged, indexing, search, snapshot
-from embedlab.retrieval import gallery as gallery_module
+from embedlab.retrieval import folder as folder_module
 from embedlab.retrieval.search import Index, flat
 from embedlab.retrieval.snapshot import Snapshot
 from embedlab.retrieval.store import Contents, Meta
@@ -679,15 +679,15 @@ def test_snapshots_equal_lists_and_older_ones_stay(monkeypatch, seed, share):
 @pytest.fixture
 def behind(monkeypatch):
     """Galleries of thirty templates are read behind `open`."""
-    monkeypatch.setattr(gallery_module, "LOAD_BEHIND", 30)
-    monkeypatch.setattr(gallery_module, "VERIFIED_AT_ONCE", 16)
+    monkeypatch.setattr(folder_module, "LOAD_BEHIND", 30)
+    monkeypatch.setattr(folder_module, "VERIFIED_AT_ONCE", 16)
 
 
 @pytest.fixture
 def slowly(monkeypatch):
     """Reading and verifying wait for these two."""
     may_read, may_verify = threading.Event(), threading.Event()
-    load, misfits = gallery_module.Store.load, gallery_module.storage.misfits
+    load, misfits = folder_module.Store.load, folder_module.storage.misfits
     main = threading.current_thread()
 
     def loading(self, **options):
@@ -699,8 +699,8 @@ def slowly(monkeypatch):
             assert may_verify.wait(20)
         return misfits(*args)
 
-    monkeypatch.setattr(gallery_module.Store, "load", loading)
-    monkeypatch.setattr(gallery_module.storage, "misfits", verifying)
+    monkeypatch.setattr(folder_module.Store, "load", loading)
+    monkeypatch.setattr(folder_module.storage, "misfits", verifying)
     return may_read, may_verify
 
 
@@ -818,14 +818,14 @@ def test_small_galleries_are_verified_before_open_returns(tmp_path):
 
 def test_closing_does_not_wait_for_the_rest(tmp_path, behind, monkeypatch):
     stored_gallery(tmp_path / "g")
-    misfits, verified = gallery_module.storage.misfits, []
+    misfits, verified = folder_module.storage.misfits, []
 
     def slow(*args):
         verified.append(args[1])
         time.sleep(0.05)
         return misfits(*args)
 
-    monkeypatch.setattr(gallery_module.storage, "misfits", slow)
+    monkeypatch.setattr(folder_module.storage, "misfits", slow)
     gallery = Gallery.open(tmp_path / "g")
     gallery.labels()
     gallery.close()
@@ -838,11 +838,11 @@ def test_a_process_that_forgets_to_close_ends(tmp_path):
     stored_gallery(tmp_path / "g")
     code = f"""
         import threading, time
-        from embedlab.retrieval import gallery
-        gallery.LOAD_BEHIND, gallery.VERIFIED_AT_ONCE = 30, 1
-        misfits = gallery.storage.misfits
-        gallery.storage.misfits = lambda *args: time.sleep(1) or misfits(*args)
-        opened = gallery.Gallery.open({str(tmp_path / "g")!r})
+        from embedlab.retrieval import folder
+        folder.LOAD_BEHIND, folder.VERIFIED_AT_ONCE = 30, 1
+        misfits = folder.storage.misfits
+        folder.storage.misfits = lambda *args: time.sleep(1) or misfits(*args)
+        opened = folder.Gallery.open({str(tmp_path / "g")!r})
         print(len(opened), opened.verified)
     """
     arguments = [sys.executable, "-c", textwrap.dedent(code)]

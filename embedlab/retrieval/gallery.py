@@ -1,13 +1,18 @@
-"""The gallery: enroll, remove and name identities without training, durable and honest about strangers."""
+"""The gallery: enroll, remove and name identities without training, durable and honest about strangers.
+
+What a gallery means stands here: what it accepts, how it decides, what it promises. Where its templates lie is another
+matter: in one folder, `embedlab.retrieval.folder`.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -18,11 +23,10 @@ from embedlab._types import Embeddings, Ids, Neighbours, Vectors
 from embedlab.retrieval import cohort as cohorts
 from embedlab.retrieval import indexing
 from embedlab.retrieval import store as storage
-from embedlab.retrieval._durable import new_folder
 from embedlab.retrieval.answers import CheckReport, Identification, Verification
 from embedlab.retrieval.calibration import Calibration
 from embedlab.retrieval.cohort import Cohort
-from embedlab.retrieval.embedders import CallableEmbedder, Embedder, as_embedder, holds_embedder, image_paths
+from embedlab.retrieval.embedders import CallableEmbedder, Embedder, as_embedder, image_paths
 from embedlab.retrieval.inputs import (
     are_images,
     as_rows,
@@ -35,25 +39,59 @@ from embedlab.retrieval.inputs import (
     normalised,
     pooled,
     positive,
-    require_dim,
     unique,
     with_quality,
 )
 from embedlab.retrieval.pictures import thumbnails_of, with_paths
 from embedlab.retrieval.promise import Strangers, Targets, left_out, promise, with_genuine
 from embedlab.retrieval.references import embed_references, image_shape, reference_images, require_unchanged
-from embedlab.retrieval.scoring import best_identity, identity_scores, nearest_identities, neighbours
-from embedlab.retrieval.search import Index
-from embedlab.retrieval.snapshot import Snapshot
-from embedlab.retrieval.store import Contents, GalleryError, Meta, Store
+from embedlab.retrieval.scoring import Templates, best_identity, claimed, nearest_identities, neighbours
+from embedlab.retrieval.store import About, GalleryError
 
 logger = logging.getLogger("embedlab")
 
-LOAD_BEHIND = 20_000  # templates: fewer are read and verified before `open` returns
-VERIFIED_AT_ONCE = 1_024  # templates, between two looks at whether anybody still wants it
+References = list[tuple[bytes, Vectors]]
 
 
-class Gallery:
+@dataclass(frozen=True)
+class Enrollment:
+    """Templates to add, checked.
+
+    Args:
+        names: N labels.
+        notes: N JSON texts or None.
+        vectors: (N, D) of norm 1; None for a request that is known.
+        key: Name of the request, if it has one.
+        content: Digest that tells a repetition from another request.
+        thumbnails: N JPEGs or None, or nothing at all.
+        references: Reference images with their vectors, where the gallery lacks them.
+    """
+
+    names: list[str]
+    notes: list[str | None]
+    vectors: Vectors | None
+    key: str | None
+    content: bytes
+    thumbnails: list[bytes | None]
+    references: References
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What `configure` was asked for; see there."""
+
+    kind: str | None
+    vectors: Vectors | None
+    labels: list[str] | None
+    cohort_k: int | None
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything came."""
+        return any(value is not None for value in (self.kind, self.vectors, self.cohort_k))
+
+
+class Gallery(ABC):
     """Identities with their templates in one folder on disk.
 
     Made by `Gallery.create` and `Gallery.open`; a context manager. Whatever changes a gallery is all or nothing and
@@ -68,30 +106,11 @@ class Gallery:
         [['Ada']]
     """
 
-    def __init__(self, store: Store, embedder: Embedder | None) -> None:
-        self._store = store
+    def __init__(self, embedder: Embedder | None) -> None:
         self._embedder = embedder
         self._mutex = threading.RLock()
-        self._stale = False
         self._closed = False
-        self._let_go = False
-        self._current: Snapshot | None = None
-        self._cohort: Cohort | None = None
         self._warned = False
-        self._unverified: Contents | None = None
-        self._damage: str | None = None
-        self._keeper = indexing.IndexKeeper(
-            store.folder / storage.CACHE,
-            adopt=self._adopt_index,
-            note=None if store.read_only else self._note_index,
-            given_up=self._given_up,
-        )
-        self._reader: threading.Thread | None = None
-        if store.salvaging or store.opened.count < LOAD_BEHIND:
-            self._load(verify=True)
-        else:
-            self._reader = threading.Thread(target=self._bring_in, name="embedlab: reading a gallery")
-            self._reader.start()
 
     # ---- opening and closing ---------------------------------------------------------------------------------------
 
@@ -128,8 +147,8 @@ class Gallery:
         Raises:
             ValueError: The folder is taken, neither embedder nor dim, or a dim that is not the embedder's.
         """
-        folder = Path(folder)
-        storage.refuse_if_not_empty(folder)
+        kind = _kind(folder)
+        kind._refuse_taken(folder)
         settings = checked_settings(fusion, vote_k)
         known = None if embedder is None else as_embedder(embedder)
         if known is None and dim is None:
@@ -142,16 +161,10 @@ class Gallery:
                     f"dim={dim} does not fit the embedder, which gives {known.dim} numbers; leave dim out."
                 )
             dim = known.dim
-        saves = callable(getattr(known, "save", None))
-        meta = Meta(storage.new_uuid(), dim, None if known is None else known.fingerprint, saves, settings)
-        meta.thumbnails = bool(thumbnails)
-        meta.search = indexing.checked_search(search, search_recall)
-        with new_folder(folder) as building:
-            if saves:
-                known.save(building / "encoder")  # type: ignore[union-attr]
-            (building / storage.CACHE).mkdir()
-            Store.create(building, meta, () if known is None else _references(known, None))
-        return cls(Store(folder, read_only=False), known)
+        about = About(storage.new_uuid(), dim, None if known is None else known.fingerprint, False, settings)
+        about.thumbnails = bool(thumbnails)
+        about.search = indexing.checked_search(search, search_recall)
+        return kind._made(folder, about, known)
 
     @classmethod
     def open(
@@ -175,31 +188,11 @@ class Gallery:
             GalleryDamaged: The files are not what was last acknowledged.
             ValueError: Another embedder than the gallery was made with.
         """
-        folder = Path(folder)
-        store = Store(folder, read_only=read_only or salvage, salvage=salvage)
-        gallery = None
-        try:
-            references = [] if embedder is None else store.references()
-            gallery = cls(store, None)  # which may go on reading, and whoever wants the store waits for it
-            for problem in store.problems:
-                logger.warning("Gallery %s: %s", folder, problem)
-            if embedder is not None:
-                gallery._embedder = gallery._accepted(as_embedder(embedder), references)
-        except BaseException:
-            (store if gallery is None else gallery).close()  # what reads behind must not lose its connection
-            raise
-        return gallery
+        return _kind(folder)._opened(folder, embedder, read_only=read_only, salvage=salvage)
 
+    @abstractmethod
     def close(self) -> None:
         """Let the next writer in; closing twice does nothing."""
-        self._closed = True  # what runs behind sees it and gives up
-        self._keeper.wait()
-        if self._reader is not None and self._reader is not threading.current_thread():
-            self._reader.join()
-        with self._mutex:
-            if not self._let_go:
-                self._let_go = True
-                self._store.close()
 
     def __enter__(self) -> Gallery:
         return self
@@ -210,17 +203,20 @@ class Gallery:
         self.close()
 
     def __repr__(self) -> str:
-        now = self._current
-        if now is None:
-            return f"Gallery({str(self.folder)!r}, still reading {self._store.opened.count} templates)"
-        return f"Gallery({str(self.folder)!r}, {len(now.names)} identities, {len(now)} templates, dim={now.meta.dim})"
+        now = self._now()
+        return f"Gallery({self.address!r}, {now.identities} identities, {len(now)} templates, dim={now.meta.dim})"
 
     # ---- what is in it ---------------------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
+    def address(self) -> str:
+        """Where the gallery lies, as it was opened."""
+
+    @property
+    @abstractmethod
     def folder(self) -> Path:
         """Where the gallery lies."""
-        return self._store.folder
 
     @property
     def dim(self) -> int | None:
@@ -234,26 +230,21 @@ class Gallery:
 
     @property
     def embedder(self) -> Embedder:
-        """What turns images into vectors; the encoder in the folder is loaded when this is first asked for.
+        """What turns images into vectors; one that the gallery keeps is loaded when this is first asked for.
 
         Raises:
-            ValueError: A gallery of ready-made vectors, or a plain function that was not handed to `open`.
+            ValueError: A gallery of ready-made vectors, or one whose embedder must be handed to `open` and was not.
         """
         self._require_open()
         with self._mutex:
             if self._embedder is None:
-                meta = self._snapshot.meta
+                meta = self._now().meta
                 if meta.fingerprint is None:
                     raise ValueError(
-                        f"The gallery {self.folder} was made for ready-made vectors (dim={meta.dim}) and has no "
+                        f"The gallery {self.address} was made for ready-made vectors (dim={meta.dim}) and has no "
                         "embedder for images=; pass embeddings=, or make a gallery with an embedder."
                     )
-                if not meta.encoder:
-                    raise ValueError(
-                        f"The gallery {self.folder} was made with the function {meta.fingerprint}, which cannot be "
-                        "stored; hand it to Gallery.open(folder, function), or pass embeddings=."
-                    )
-                self._embedder = self._accepted(as_embedder(self.folder / "encoder"), self._store.references())
+                self._embedder = self._accepted(self._kept_embedder(), self._references())
             return self._embedder
 
     @property
@@ -262,9 +253,9 @@ class Gallery:
         return self._now().meta.generation
 
     @property
+    @abstractmethod
     def verified(self) -> bool:
         """Whether every template has been compared with its digest; False for a while after opening a large gallery."""
-        return self._current is not None and self._unverified is None and self._damage is None
 
     @property
     def calibration(self) -> Calibration | None:
@@ -275,22 +266,21 @@ class Gallery:
         return len(self._now())
 
     def __contains__(self, label: object) -> bool:
-        return self._now().code_of(label) is not None
+        return isinstance(label, str) and bool(self._now().known([label], "label"))
 
     def labels(self) -> list[str]:
         """Enrolled identities in alphabetical order."""
         return sorted(self._now().names)
 
+    @abstractmethod
     def counts(self) -> dict[str, int]:
         """Templates of each identity."""
-        now = self._now()
-        return dict(sorted(zip(now.names, now.templates.tolist(), strict=True)))
 
+    @abstractmethod
     def metadata(self) -> dict[int, dict[str, Any]]:
         """What was given with each template, by id; an empty dict where there was nothing."""
-        now = self._now()
-        return {key: json.loads(note) if note else {} for key, note in zip(now.ids.tolist(), now.metadata, strict=True)}
 
+    @abstractmethod
     def thumbnail(self, template: int) -> bytes | None:
         """The small picture of a template, a JPEG; None where none is kept.
 
@@ -300,15 +290,10 @@ class Gallery:
         Raises:
             ValueError: No such template.
         """
-        with self._mutex:
-            self._require_present(self._now(), [template], "id")
-            return self._store.thumbnails([template]).get(int(template))
 
+    @abstractmethod
     def embeddings(self) -> Embeddings:
         """All templates with labels and ids; a copy."""
-        now = self._now()
-        vectors = now.vectors.copy() if now.alive is None else now.vectors
-        return Embeddings(vectors, now.labels.tolist(), now.ids.copy())
 
     def info(self) -> dict[str, Any]:
         """What a person would ask about this gallery, as JSON knows it.
@@ -318,25 +303,21 @@ class Gallery:
         """
         now = self._now()
         found = _calibration(now.meta)
-        size = sum(map(_size, self.folder.rglob("*")))
         return {
-            "folder": str(self.folder),
+            **self._place(now),
             "format_version": now.meta.format_version,
-            "identities": len(now.names),
+            "identities": now.identities,
             "templates": len(now),
             "dim": now.meta.dim,
             "fingerprint": now.meta.fingerprint,
-            "encoder_in_folder": now.meta.encoder,
             "thumbnails": now.meta.thumbnails,
             "settings": now.meta.settings,
             "generation": now.meta.generation,
-            "search": self._keeper.report(now),
             "verified": self.verified,
-            "bytes": size,
             "calibrated": found is not None,
-            "stale": found is not None and found.is_stale(len(now.names)),
+            "stale": found is not None and found.is_stale(now.identities),
             "calibration": None if found is None else found.to_dict(),
-            "growth": None if found is None else round(len(now.names) / max(found.gallery_identities or 1, 1), 4),
+            "growth": None if found is None else round(now.identities / max(found.gallery_identities or 1, 1), 4),
         }
 
     # ---- changing it -----------------------------------------------------------------------------------------------
@@ -371,7 +352,7 @@ class Gallery:
             ValueError: Nothing to add, vectors that are not finite or zero or of another dim, labels that do not fit,
                 or a key under which another request was made. Nothing is written.
         """
-        self._store.require_writable()
+        self._require_writable()
         if labels is None and isinstance(embeddings, Embeddings):
             labels = embeddings.labels
         count = counted(images, embeddings)
@@ -392,24 +373,8 @@ class Gallery:
             vectors = self._vectors(images, None)  # outside the lock: others search and write meanwhile
         notes = with_paths(notes, paths)
         small, references = self._pictures(images, paths)
-        with self._mutex:
-            if key is not None and (known := self._repeated(key, content)) is not None:
-                return known
-            assert vectors is not None
-            self._refuse_cohort(self._now().meta, vectors, names, "the templates to enroll")
-            with self._changing() as (meta, now, publish):
-                require_dim(vectors.shape[1], meta.dim)  # two first enrollments at once may disagree
-                meta.dim = vectors.shape[1]
-                ids = self._store.insert(meta, names, notes, vectors)
-                if small:
-                    pairs = zip(ids.tolist(), small, strict=True)
-                    self._store.write_thumbnails(meta, {template: image for template, image in pairs if image})
-                if references and not meta.side["reference"][0]:
-                    self._store.write_references(meta, references)
-                if key is not None:
-                    self._store.remember(meta, key, int(ids[0]), count, content)
-                publish(lambda: now.appended(Contents(meta, ids, names, notes, vectors, 0)))
-        return ids
+        wanted = Enrollment(names, notes, vectors, key, content, small, references)
+        return self._add(wanted)
 
     def remove(
         self,
@@ -437,23 +402,8 @@ class Gallery:
         """
         if (labels is None) == (ids is None):
             raise ValueError("remove takes either labels or ids.")
-        with self._mutex:
-            now = self._now()
-            wanted = unique(ids, "id") if labels is None else unique(labels, "label")
-            self._require_present(now, wanted, "id" if labels is None else "label")
-            if not wanted:
-                return 0
-            if labels is not None:
-                keep = ~np.isin(now.codes, [code for label in wanted if (code := now.code_of(label)) is not None])
-            else:
-                keep = ~np.isin(now.ids, wanted)
-            with self._changing() as (meta, now, publish):
-                self._store.delete(meta, now.ids[~keep])
-                publish(lambda: now.kept(meta, keep))
-            if purge:
-                self._forget_index()
-                self._store.erase_traces()
-            return int((~keep).sum())
+        kind: Literal["label", "id"] = "id" if labels is None else "label"
+        return self._take_out(unique(ids if labels is None else labels, kind), kind, purge=purge)
 
     def rename(self, old: str, new: str) -> int:
         """Give an identity another name that is not in use; returns its templates.
@@ -461,10 +411,7 @@ class Gallery:
         Raises:
             ValueError: `old` is not enrolled or `new` is.
         """
-        with self._mutex:
-            if new in self:
-                raise ValueError(f"{new!r} is enrolled already; merge({old!r}, {new!r}) makes one identity of both.")
-            return self._relabel(old, new)
+        return self._relabel(old, new, merging=False)
 
     def merge(self, source: str, into: str) -> int:
         """Give all templates of one identity to another; returns how many.
@@ -472,11 +419,7 @@ class Gallery:
         Raises:
             ValueError: One of them is not enrolled, or both are the same.
         """
-        with self._mutex:
-            self._require_present(self._now(), [into], "label")
-            if source == into:
-                raise ValueError(f"{source!r} cannot be merged into itself.")
-            return self._relabel(source, into)
+        return self._relabel(source, into, merging=True)
 
     def configure(
         self,
@@ -515,32 +458,15 @@ class Gallery:
         vectors = None
         if cohort is not None:
             vectors = self._vectors(cohort, None) if are_images(cohort) else self._vectors(None, cohort)
+        if normalisation not in (None, "none", "as-norm"):
+            raise ValueError(f"normalisation is 'as-norm' or 'none'; got {normalisation!r}.")
+        wanted = Normalisation(normalisation, vectors, labels, cohort_k)
         with self._mutex:
             before = self._now().meta
             old = before.settings
             settings = old | checked_settings(fusion or old["fusion"], old["vote_k"] if vote_k is None else vote_k)
-            made = None
-            if normalisation == "none":
-                settings["normalisation"] = None
-            elif any(value is not None for value in (normalisation, vectors, cohort_k)):
-                made = self._made_cohort(normalisation, vectors, cohort_k)
-                kept = old.get("normalisation") or {}
-                names = kept.get("labels", ()) if vectors is None else sorted(map(cohorts.label_digest, labels or ()))
-                settings["normalisation"] = cohorts.as_settings(made, names)
-                now = self._now()
-                cohorts.refuse_shared(
-                    made.vectors, settings["normalisation"], now.vectors, now.names, "the enrolled templates"
-                )
             looking = indexing.checked_search(search, search_recall, before.search)
-            if (settings, looking) == (old, before.search):
-                return
-            with self._changing() as (meta, now, publish):
-                if settings != old:
-                    meta.settings, meta.calibration = settings, None
-                if settings.get("normalisation") != old.get("normalisation"):
-                    self._store.write_cohort(meta, np.zeros((0, 0), np.float32) if made is None else made.vectors)
-                meta.search = looking
-                publish(lambda: now.described(meta))
+            self._configured(settings, looking, wanted)
 
     # ---- asking it -------------------------------------------------------------------------------------------------
 
@@ -623,9 +549,8 @@ class Gallery:
         found = _calibration(now.meta)
         threshold, stale = None if found is None else found.threshold, self._outgrown(now, found)
         answers = []
-        for row, (code, score) in enumerate(zip(best.tolist(), scores, strict=True)):
+        for row, (guess, score) in enumerate(zip(best, scores, strict=True)):
             known = threshold is not None and bool(score >= np.float32(threshold))  # NaN, an empty gallery: unknown
-            guess = now.names[code] if code >= 0 else None
             one = Neighbours(near.ids[row : row + 1], near.labels[row : row + 1], near.scores[row : row + 1])
             label, calibrated = guess if known else None, threshold is not None
             answers.append(
@@ -656,7 +581,7 @@ class Gallery:
         if not len(vectors):
             raise ValueError("verify takes one image or several of one probe, got none.")
         probe = pooled(vectors, [label] * len(vectors), quality)[0]
-        score = float(identity_scores(now, probe, cohort, codes=np.array([now.code_of(label)]))[0, 0])
+        score = float(claimed(now, probe, cohort, label)[0])
         found = _calibration(now.meta)
         threshold = None if found is None else found.verification_threshold
         accepted = None if threshold is None else bool(np.float32(score) >= np.float32(threshold))
@@ -704,7 +629,7 @@ class Gallery:
             CalibrationError: Too few strangers for the target; says how many it takes.
             ValueError: An empty gallery, labels that do not fit, a growth that cannot be promised.
         """
-        self._store.require_writable()
+        self._require_writable()
         targets = Targets(fpir=fpir, fmr=fpir if fmr is None else fmr, confidence=confidence, growth=growth)
         with self._mutex:
             now, cohort = self._scoring()
@@ -721,46 +646,30 @@ class Gallery:
                 logger.warning(
                     "Gallery %s is calibrated on its own enrollment pictures (leave-identity-out), which are seldom "
                     "like those at the door; calibrate with pictures of strangers taken there as soon as you can.",
-                    self.folder,
+                    self.address,
                 )
                 found = promise(now, cohort, left_out(now), targets)
             else:
                 vectors, names = self._named_probes(images, embeddings, labels, probes)
-                genuine = np.array([now.code_of(name) is not None for name in names], dtype=bool)
-                strangers = [name for name in names if now.code_of(name) is None]
+                enrolled = now.known({name for name in names if name is not None}, "label")
+                genuine = np.array([name in enrolled for name in names], dtype=bool)
+                strangers = [name for name in names if name not in enrolled]
                 found = promise(now, cohort, Strangers(vectors[~genuine], strangers), targets)
                 if genuine.any():
-                    claims = [name for name in names if name is not None and now.code_of(name) is not None]
+                    claims = [name for name in names if name is not None and name in enrolled]
                     found = with_genuine(now, cohort, found, vectors[genuine], claims)
-                self._warn_of_training(now, names)
-            with self._changing() as (meta, now, publish):
-                meta.calibration = found.to_dict()
-                publish(lambda: now.described(meta))
+                self._warn_of_training(names, enrolled)
+            self._keep_calibration(found, now)
             self._warned = False
         return found
 
     # ---- keeping it ------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def check(self) -> CheckReport:
         """Read the files again and check all of it: SQLite's structure, schema, digests, counts, generation."""
-        problems: list[str] = []
-        if self._reader is not None:
-            self._reader.join()
-        templates, generation = 0, self._store.opened.generation
-        with self._mutex:
-            self._require_open()
-            try:
-                problems += self._store.integrity_problems()
-                contents = self._store.load()
-                templates, generation = len(contents.ids), contents.meta.generation
-                if self._now().meta.generation == generation:
-                    problems += _differences(self._snapshot, contents)
-                if contents.meta.encoder and not holds_embedder(self.folder / "encoder"):
-                    problems.append("the folder encoder is missing, so that images cannot be embedded")
-            except storage.GalleryDamaged as error:
-                problems.append(str(error))
-        return CheckReport(templates, generation, (*problems, *self._store.problems))
 
+    @abstractmethod
     def backup(self, folder: str | Path) -> Path:
         """Copy one generation, with the encoder, into a new folder; it appears whole or not at all, verified.
 
@@ -768,203 +677,19 @@ class Gallery:
             ValueError: The folder is taken.
             GalleryError: The disk refused; nothing of the copy stays, and the gallery itself goes on.
         """
-        folder = Path(folder)
-        storage.refuse_if_not_empty(folder)
-        try:
-            with self._mutex, new_folder(folder) as building:
-                self._require_open()
-                self._store.copy_to(building)
-                (building / storage.CACHE).mkdir()
-                if self._snapshot.meta.encoder:
-                    shutil.copytree(self.folder / "encoder", building / "encoder")
-                copy = Store(building, read_only=True)
-                try:
-                    copy.load()
-                finally:
-                    copy.close()
-                for leftover in (storage.DATABASE + "-wal", storage.DATABASE + "-shm"):
-                    (building / leftover).unlink(missing_ok=True)
-        except OSError as error:
-            raise GalleryError(
-                f"Copying the gallery {self.folder} to {folder} failed: {error}. Nothing of the copy stays, and the "
-                "gallery is as before. Free that disk, or choose another."
-            ) from error
-        return folder
 
+    @abstractmethod
     def compact(self) -> int:
         """Give free space back to the disk; returns the bytes saved. Needs about twice the size of the database.
 
         An index that lacks new templates or holds removed ones is built anew behind.
         """
-        with self._mutex:
-            self._require_open()
-            before = self.info()["bytes"]
-            self._store.compact()
-            self._current = self._keeper.tended(self._now().compacted(), afresh=True)
-            return int(before - self.info()["bytes"])
 
-    # ---- inside ----------------------------------------------------------------------------------------------------
+    # ---- inside: the same wherever the templates lie ---------------------------------------------------------------
 
     def _require_open(self) -> None:
         if self._closed:
-            raise GalleryError(f"The gallery {self.folder} is closed; open it again.")
-
-    @property
-    def _snapshot(self) -> Snapshot:
-        """What is in memory; waits for what is still being read."""
-        if self._current is None:
-            with self._mutex:
-                if self._current is None:
-                    self._require_open()
-                    self._load(verify=self._reader is None or not self._reader.is_alive())  # else it verifies next
-        assert self._current is not None
-        return self._current
-
-    def _load(self, *, verify: bool) -> None:
-        with self._mutex:
-            contents = self._store.load(verify=verify, cancelled=self._given_up)
-            self._unverified = None if verify else contents
-            self._current = self._keeper.tended(Snapshot.of(contents))
-
-    def _bring_in(self) -> None:
-        """Read the templates, then verify them, behind an opening that has returned."""
-        try:
-            with self._mutex:
-                if self._current is None and not self._given_up():
-                    self._load(verify=False)
-                contents = self._unverified
-            count = 0 if contents is None else len(contents.ids)
-            for start in range(0, count, VERIFIED_AT_ONCE):
-                assert contents is not None
-                bad = storage.misfits(contents, start, min(start + VERIFIED_AT_ONCE, count))
-                if bad:
-                    self._damage = self._store.damaged(storage.damaged_templates(bad))
-                if bad or self._given_up():
-                    return
-            self._unverified = None
-        except GalleryError as error:  # whoever asks next reads again and gets the same answer
-            if not self._given_up():
-                logger.error("%s", error)
-        except Exception:  # no memory, say: whoever asks next reads and verifies by himself
-            logger.exception("Verifying the gallery %s broke off; the next question reads it again", self.folder)
-            self._current = self._unverified = None
-
-    def _adopt_index(self, index: Index | None, epoch: int) -> None:
-        with self._mutex:
-            if self._closed:
-                return
-            now = self._snapshot
-            fresh = index is not None and epoch == self._keeper.epoch
-            self._current = self._keeper.tended(now.indexed(index) if fresh else now)
-
-    def _note_index(self, known: dict[str, Any], path: Path, epoch: int) -> None:
-        """Write the digest of a cached index into the database, so that it may be read again."""
-        with self._mutex:
-            if self._closed or self._store.broken or epoch != self._keeper.epoch:
-                path.unlink(missing_ok=True)
-                return
-            indexing.publish(path, known)
-            with self._changing() as (meta, now, publish):
-                meta.search = meta.search | {"index": known | {"generation": now.meta.generation}}
-                publish(lambda: now.described(meta))
-            indexing.tidy(path.parent, known)
-
-    def _forget_index(self) -> None:
-        """Drop an index that holds vectors which must go, and whatever is on its way to the cache."""
-        self._keeper.forget()
-        self._current = self._keeper.tended(self._snapshot.compacted().indexed(None))
-
-    def _given_up(self) -> bool:
-        """Whether nobody can want any more what is done behind."""
-        return self._closed or not threading.main_thread().is_alive()
-
-    def _now(self) -> Snapshot:
-        """The newest generation that is committed; a search in a writing gallery waits for no lock."""
-        self._require_open()
-        if self._damage is not None:
-            raise storage.GalleryDamaged(self._damage)
-        if not self._store.read_only:
-            if not self._stale or not self._mutex.acquire(blocking=False):
-                return self._snapshot  # a change that is on its way to the disk is not committed yet
-            self._mutex.release()
-        with self._mutex:
-            self._require_open()
-            if self._stale:
-                self._current, self._stale = Snapshot.of(self._store.load(), self._snapshot.index), False
-            elif self._store.read_only and self._store.changed():
-                self._stale = True  # a change that cannot be read must not be taken for none
-                self._current, self._stale = self._keeper.tended(self._followed(self._snapshot)), False
-            return self._snapshot
-
-    def _followed(self, old: Snapshot) -> Snapshot:
-        added = self._store.load(after=old.meta.last_id)
-        only_added = (
-            added.meta.count == len(old) + len(added.ids)
-            and added.meta.xor == f"{int(old.meta.xor, 16) ^ added.xor:032x}"  # else a template went or was relabelled
-        )
-        return old.appended(added) if only_added else Snapshot.of(self._store.load(), old.index)
-
-    @contextmanager
-    def _changing(self) -> Iterator[tuple[Meta, Snapshot, Callable[[Callable[[], Snapshot]], None]]]:
-        """A transaction whose snapshot is swapped in once it is durable."""
-        with self._mutex:
-            now = self._now()
-            after: list[Callable[[], Snapshot]] = []
-            try:
-                with self._store.writing() as meta:
-                    yield meta, now, after.append
-                    self._stale = True  # whatever interrupts from here on: what is on the disk counts
-                self._current, self._stale = self._keeper.tended(after[0]()), False
-            except (ValueError, GalleryError):
-                self._stale = self._stale and not self._store.broken
-                raise
-
-    def _relabel(self, old: str, new: str) -> int:
-        now = self._now()
-        self._require_present(now, [old], "label")
-        checked_labels([new], 1)
-        ids = now.ids[now.codes == now.code_of(old)]
-        with self._changing() as (meta, now, publish):
-            self._store.relabel(meta, ids, new)
-            publish(lambda: now.relabelled(meta, old, new))
-        return len(ids)
-
-    def _scoring(self) -> tuple[Snapshot, Cohort | None]:
-        """The newest generation, and the cohort that its scores are normalised with."""
-        for _ in range(10):
-            now = self._now()
-            wanted = now.meta.settings.get("normalisation")
-            if wanted is None:
-                return now, None
-            if self._cohort is None or (self._cohort.name, self._cohort.top) != (wanted["cohort"], wanted["cohort_k"]):
-                with self._mutex:
-                    self._cohort = Cohort(self._store.cohort(), wanted["cohort_k"])
-            cohort = self._cohort
-            if cohort.name == wanted["cohort"]:
-                return now, cohort
-        raise storage.GalleryDamaged(
-            f"The gallery {self.folder} is damaged: its cohort is not the one that its settings name. Restore a backup."
-        )
-
-    def _made_cohort(self, normalisation: str | None, vectors: Vectors | None, cohort_k: int | None) -> Cohort:
-        """A cohort of new vectors, or of those that are there with another `cohort_k`."""
-        if normalisation not in (None, "as-norm"):
-            raise ValueError(f"normalisation is 'as-norm' or 'none'; got {normalisation!r}.")
-        now, known = self._scoring()
-        if vectors is None and known is not None:
-            vectors, cohort_k = known.vectors, cohort_k or known.top
-        if vectors is None or (normalisation is None and known is None):
-            raise ValueError(
-                'Normalised scores need both: configure(normalisation="as-norm", cohort=...) with images or vectors of '
-                "others, who are neither enrolled nor among the strangers of a calibration."
-            )
-        require_dim(vectors.shape[1], now.meta.dim)
-        return Cohort(vectors, cohorts.checked_top(cohort_k, len(vectors)))
-
-    def _refuse_cohort(self, meta: Meta, vectors: Vectors, names: Sequence[str | None], where: str) -> None:
-        cohort = self._scoring()[1]
-        if cohort is not None:
-            cohorts.refuse_shared(cohort.vectors, meta.settings["normalisation"], vectors, names, where)
+            raise GalleryError(f"The gallery {self.address} is closed; open it again.")
 
     def _named_probes(self, images: Any, embeddings: Any, labels: Any, probes: Any) -> tuple[Vectors, list[str | None]]:
         """Vector and name of each probe to calibrate with."""
@@ -991,35 +716,35 @@ class Gallery:
                 )
         return means, [names[row] for row in first.tolist()]
 
-    def _outgrown(self, now: Snapshot, found: Calibration | None) -> bool:
+    def _outgrown(self, now: Templates, found: Calibration | None) -> bool:
         """Whether a calibration is stale, which is logged once."""
-        stale = found is not None and found.is_stale(len(now.names))
+        stale = found is not None and found.is_stale(now.identities)
         if stale and not self._warned and found is not None:
             self._warned = True
             logger.warning(
                 "Gallery %s has %d identities, and its calibration was promised for up to %d: strangers are taken for "
                 "somebody more often than promised. Calibrate again, with growth= if it is to grow on.",
-                self.folder,
-                len(now.names),
+                self.address,
+                now.identities,
                 int(found.growth * (found.gallery_identities or 0)),
             )
         return stale
 
-    def _warn_of_training(self, now: Snapshot, names: Sequence[str | None]) -> None:
+    def _warn_of_training(self, names: Sequence[str | None], enrolled: set[Any]) -> None:
         """Who was trained on is told apart too well: a stranger as much as an enrolled identity."""
         embedder = self._embedder
-        if embedder is None and now.meta.encoder:
+        if embedder is None and self._keeps_embedder():
             with suppress(ImportError):  # ready-made vectors need no torch, not even here
                 embedder = self.embedder
         trained_on = getattr(embedder, "trained_on", None)
         known = [name for name in dict.fromkeys(names) if name is not None and trained_on and trained_on(name)]
         if known:
-            strangers = [name for name in known if now.code_of(name) is None]
+            strangers = [name for name in known if name not in enrolled]
             logger.warning(
                 "Gallery %s: the encoder was trained on %d of the identities to calibrate with (%d of them strangers), "
                 "first %r. It tells them apart better than those to come: the promise and the detection rate are too "
                 "good. Calibrate with identities that it has not seen.",
-                self.folder,
+                self.address,
                 len(known),
                 len(strangers),
                 known[0],
@@ -1029,7 +754,7 @@ class Gallery:
         checked_key(key)
         self._require_open()
         with self._mutex:  # what another thread is writing may still be undone
-            known = self._store.recall(key)
+            known = self._recall(key)
         if known is None:
             return None
         first, templates, before = known
@@ -1040,39 +765,49 @@ class Gallery:
             )
         return np.arange(first, first + templates, dtype=np.int64)
 
-    def _require_present(self, now: Snapshot, wanted: Sequence[Any], kind: Literal["label", "id"]) -> None:
-        there = (lambda name: now.code_of(name) is not None) if kind == "label" else now.has
-        if absent := [value for value in wanted if not there(value)]:
+    def _require_present(self, now: Templates, wanted: Sequence[Any], kind: Literal["label", "id"]) -> None:
+        known = now.known(wanted, kind)
+        if absent := [value for value in wanted if value not in known]:
             some = ", ".join(repr(value) for value in absent[:5]) + (", ..." if len(absent) > 5 else "")
             raise ValueError(
                 f"{len(absent)} of {len(wanted)} {kind}s are not in the gallery: {some}. Nothing was changed."
             )
 
-    def _accepted(self, embedder: Embedder, references: list[tuple[bytes, Vectors]]) -> Embedder:
-        meta = self._store.opened
+    def _check_relabelling(self, now: Templates, old: str, new: str, *, merging: bool) -> None:
+        """Raise unless `old` may become `new`."""
+        known = now.known([name for name in (old, new) if isinstance(name, str)], "label")
+        if merging:
+            self._require_present(now, [new], "label")
+            if old == new:
+                raise ValueError(f"{old!r} cannot be merged into itself.")
+        elif new in known:
+            raise ValueError(f"{new!r} is enrolled already; merge({old!r}, {new!r}) makes one identity of both.")
+        self._require_present(now, [old], "label")
+        checked_labels([new], 1)
+
+    def _accepted(self, embedder: Embedder, references: References) -> Embedder:
+        meta = self._about()
         if meta.fingerprint is None:
             raise ValueError(
-                f"The gallery {self.folder} holds ready-made vectors and knows no embedder, so that it cannot tell "
+                f"The gallery {self.address} holds ready-made vectors and knows no embedder, so that it cannot tell "
                 "whether this one fits; embed the images yourself and pass embeddings=."
             )
         if embedder.fingerprint != meta.fingerprint:
             raise ValueError(
-                f"The gallery {self.folder} was made with the embedder {meta.fingerprint}, got {embedder.fingerprint}: "
-                "other weights or preprocessing give vectors that cannot be compared. Open it with the embedder that "
-                "made it, or enroll the images anew with Gallery.create."
+                f"The gallery {self.address} was made with the embedder {meta.fingerprint}, got "
+                f"{embedder.fingerprint}: other weights or preprocessing give vectors that cannot be compared. Open it "
+                "with the embedder that made it, or enroll the images anew with Gallery.create."
             )
-        require_unchanged(embedder, references, self.folder)
+        require_unchanged(embedder, references, self.address)
         return embedder
 
-    def _pictures(
-        self, images: Any, paths: Sequence[str] | None
-    ) -> tuple[list[bytes | None], list[tuple[bytes, Vectors]]]:
+    def _pictures(self, images: Any, paths: Sequence[str] | None) -> tuple[list[bytes | None], References]:
         """Thumbnails of what is enrolled and, with the first images of a plain function, its reference images."""
         meta = self._now().meta
         shown = meta.thumbnails and (images is not None or paths is not None)
         small = thumbnails_of(images, paths) if shown else []
-        first = images is not None and not meta.side["reference"][0]
-        return small, _references(self.embedder, images) if first else []
+        first = images is not None and not meta.references
+        return small, references_of(self.embedder, images) if first else []
 
     def _vectors(self, images: Any, embeddings: Any) -> Vectors:
         """Normalised vectors (N, D) from whichever of the two came."""
@@ -1084,13 +819,93 @@ class Gallery:
             embeddings = self.embedder.embed(images if paths is None else paths)
         if isinstance(embeddings, Embeddings):
             embeddings = embeddings.vectors
-        return normalised(as_rows(embeddings), self._snapshot.meta.dim)
+        return normalised(as_rows(embeddings), self._now().meta.dim)
+
+    # ---- inside: where the templates lie ---------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def _refuse_taken(cls, place: str | Path) -> None:
+        """Raise unless a new gallery may be made here."""
+
+    @classmethod
+    @abstractmethod
+    def _made(cls, place: str | Path, about: About, embedder: Embedder | None) -> Gallery:
+        """What `create` does when all that was given has been checked."""
+
+    @classmethod
+    @abstractmethod
+    def _opened(cls, place: str | Path, embedder: Any, *, read_only: bool, salvage: bool) -> Gallery:
+        """What `open` does."""
+
+    @abstractmethod
+    def _now(self) -> Templates:
+        """The newest generation that is committed."""
+
+    @abstractmethod
+    def _about(self) -> About:
+        """Facts that never change once the gallery is open, without reading a template."""
+
+    def _scoring(self) -> tuple[Templates, Cohort | None]:
+        """The newest generation, and the cohort that its scores are normalised with."""
+        return self._now(), None
+
+    @abstractmethod
+    def _require_writable(self) -> None:
+        """Raise unless this object may change the gallery."""
+
+    @abstractmethod
+    def _place(self, now: Templates) -> dict[str, Any]:
+        """The part of `info` that tells where it lies and how it is searched."""
+
+    @abstractmethod
+    def _keeps_embedder(self) -> bool:
+        """Whether an embedder can be loaded that was not handed in."""
+
+    @abstractmethod
+    def _kept_embedder(self) -> Embedder:
+        """Load it, or raise and say how to hand it in."""
+
+    @abstractmethod
+    def _references(self) -> References:
+        """Reference images with their vectors of old."""
+
+    @abstractmethod
+    def _recall(self, key: str) -> tuple[int, int, bytes] | None:
+        """First id, number of templates and content digest of the request under a key."""
+
+    @abstractmethod
+    def _add(self, wanted: Enrollment) -> Ids:
+        """Enroll what has been checked, unless its key is known."""
+
+    @abstractmethod
+    def _take_out(self, wanted: list[Any], kind: Literal["label", "id"], *, purge: bool) -> int:
+        """Remove labels or ids, all or none."""
+
+    @abstractmethod
+    def _relabel(self, old: str, new: str, *, merging: bool) -> int:
+        """Give the templates of one label another; checked by `_check_relabelling`."""
+
+    @abstractmethod
+    def _configured(self, settings: dict[str, Any], search: dict[str, Any], wanted: Normalisation) -> None:
+        """Store settings and how to search; drop the calibration where scores change."""
+
+    @abstractmethod
+    def _keep_calibration(self, found: Calibration, now: Templates) -> None:
+        """Store what was found on these templates."""
+
+    def _refuse_cohort(self, meta: About, vectors: Vectors, names: Sequence[str | None], where: str) -> None:
+        """Raise when images or names of the cohort are among these."""
+        cohort = self._scoring()[1]
+        if cohort is not None:
+            cohorts.refuse_shared(cohort.vectors, meta.settings["normalisation"], vectors, names, where)
 
 
-def _size(path: Path) -> int:
-    with suppress(FileNotFoundError):  # an index that was just replaced, the log of a writer that has closed
-        return path.stat().st_size if path.is_file() else 0
-    return 0
+def _kind(_place: str | Path) -> type[Gallery]:
+    """Where a gallery of this name lies."""
+    from embedlab.retrieval.folder import FolderGallery
+
+    return FolderGallery
 
 
 def _paths(images: Any, embeddings: Any) -> list[str] | None:
@@ -1098,12 +913,14 @@ def _paths(images: Any, embeddings: Any) -> list[str] | None:
     return image_paths(images) if images is not None else getattr(embeddings, "paths", None)
 
 
-def _references(embedder: Embedder, images: Any) -> list[tuple[bytes, Vectors]]:
+def references_of(embedder: Embedder | None, images: Any = None) -> References:
     """Reference images with their vectors.
 
     A plain function may want arrays of one shape, or something else than pictures: it gets them with its first images
     and in their shape, and none when it cannot take them.
     """
+    if embedder is None:
+        return []
     if not isinstance(embedder, CallableEmbedder):
         files = reference_images()
         return list(zip(files, embed_references(embedder, files), strict=True))
@@ -1117,15 +934,5 @@ def _references(embedder: Embedder, images: Any) -> list[tuple[bytes, Vectors]]:
         return []
 
 
-def _differences(now: Snapshot, contents: Contents) -> list[str]:
-    same = (
-        np.array_equal(now.ids, contents.ids)
-        and now.labels.tolist() == contents.labels
-        and now.metadata.tolist() == contents.metadata
-        and np.array_equal(now.vectors, contents.vectors)
-    )
-    return [] if same else ["the templates in memory differ from those on the disk"]
-
-
-def _calibration(meta: Meta) -> Calibration | None:
+def _calibration(meta: About) -> Calibration | None:
     return None if meta.calibration is None else Calibration.from_dict(meta.calibration)

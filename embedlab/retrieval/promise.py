@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import singledispatch
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +20,14 @@ from embedlab.retrieval.calibration import (
     rise_with_growth,
 )
 from embedlab.retrieval.cohort import Cohort
-from embedlab.retrieval.scoring import best_identity, highest_pairs, identity_scores, in_chunks, sub_gallery_scores
+from embedlab.retrieval.scoring import (
+    Templates,
+    best_identity,
+    claimed,
+    highest_pairs,
+    in_chunks,
+    sub_gallery_scores,
+)
 from embedlab.retrieval.snapshot import Snapshot
 
 MOST_LEFT_OUT = 2_000  # identities that play the stranger
@@ -56,26 +65,37 @@ class Strangers:
     own: Ids | None = None
 
 
-def left_out(now: Snapshot, seed: int = 0) -> Strangers:
+def left_out(now: Templates, seed: int = 0) -> Strangers:
     """The enrolled as strangers, each in a gallery from which it is removed; at most `MOST_LEFT_OUT`, by chance."""
-    if len(now.names) < 2:
+    if now.identities < 2:
         raise ValueError(
             f"leave_identity_out needs at least two enrolled identities, one to play the stranger to the other; this "
-            f"gallery has {len(now.names)}."
+            f"gallery has {now.identities}."
         )
-    chosen = np.random.default_rng(seed).permutation(len(now.names))[:MOST_LEFT_OUT]
-    templates = np.flatnonzero(np.isin(now.codes, chosen))
-    own = now.codes[templates]
-    return Strangers(now.take(templates), [now.names[code] for code in own.tolist()], own)
+    chosen = np.random.default_rng(seed).permutation(now.identities)[:MOST_LEFT_OUT]
+    vectors, own = templates_of(now, chosen)
+    return Strangers(vectors, [now.names[code] for code in own.tolist()], own)
 
 
-def promise(now: Snapshot, cohort: Cohort | None, strangers: Strangers, targets: Targets) -> Calibration:
+@singledispatch
+def templates_of(now: Any, identities: Ids) -> tuple[Vectors, Ids]:
+    """Vectors (N, D) of all templates of these places in `now.names`, and the place of each (N,)."""
+    raise NotImplementedError
+
+
+@templates_of.register
+def _(now: Snapshot, identities: Ids) -> tuple[Vectors, Ids]:
+    templates = np.flatnonzero(np.isin(now.codes, identities))
+    return now.take(templates), now.codes[templates]
+
+
+def promise(now: Templates, cohort: Cohort | None, strangers: Strangers, targets: Targets) -> Calibration:
     """Both thresholds of a gallery from its scores of strangers; see `Gallery.calibrate`."""
-    identities = len(now.names)
+    identities = now.identities
     refuse_growth(targets.growth, identities, now.meta.settings["fusion"])
     probes, names, own = strangers.vectors, strangers.names, strangers.own
     mutual = own is not None
-    if now.index is not None:
+    if isinstance(now, Snapshot) and now.index is not None:
         # Exactly: an index misses the nearest template of a stranger far more often than that of somebody known, and
         # a threshold set on what it finds would be too low for searches without it, or with the next one.
         now = now.indexed(None)
@@ -120,19 +140,20 @@ def promise(now: Snapshot, cohort: Cohort | None, strangers: Strangers, targets:
 
 
 def with_genuine(
-    now: Snapshot, cohort: Cohort | None, found: Calibration, probes: Vectors, claims: Sequence[str]
+    now: Templates, cohort: Cohort | None, found: Calibration, probes: Vectors, claims: Sequence[str]
 ) -> Calibration:
     """The calibration with what probes (N, D) of enrolled identities make of it; each identity counts the same."""
-    truth = np.array([now.code_of(name) for name in claims], dtype=np.int64)
+    names, truth = np.unique(claims, return_inverse=True)
     best, scores = best_identity(now, probes, cohort)
+    right = np.array([name == claim for name, claim in zip(best, claims, strict=True)])
     own = np.empty(len(probes), np.float32)
-    for code in np.unique(truth):
+    for code, name in enumerate(names.tolist()):
         rows = truth == code
-        own[rows] = identity_scores(now, probes[rows], cohort, codes=np.array([code]))[:, 0]
+        own[rows] = claimed(now, probes[rows], cohort, name)
     weights = 1 / np.bincount(truth)[truth]
 
     def detected(threshold: float) -> float:
-        return float(np.average((best == truth) & (scores >= np.float32(threshold)), weights=weights))
+        return float(np.average(right & (scores >= np.float32(threshold)), weights=weights))
 
     assert found.verification_threshold is not None
     return replace(

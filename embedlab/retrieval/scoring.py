@@ -1,22 +1,98 @@
-"""Scores of probes against templates and identities of a snapshot, in chunks."""
+"""Scores of probes against templates and identities, in chunks.
+
+What a gallery asks of its templates are functions that are chosen by where these lie; here stand those for templates in
+memory.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from functools import singledispatch
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from embedlab._types import Ids, Neighbours, Vectors
 from embedlab.retrieval.cohort import Cohort
 from embedlab.retrieval.snapshot import Snapshot
+from embedlab.retrieval.store import About
 
 CHUNK = 16_000_000  # scores held at once, 64 MB
 
 
-def neighbours(now: Snapshot, queries: Vectors, k: int, templates: Ids | None = None) -> Neighbours:
-    """The k nearest templates of each probe; only among `templates` (places in `now.ids`, rising) where given."""
+class Templates(Protocol):
+    """The templates of a gallery at one generation, wherever they lie."""
+
+    @property
+    def meta(self) -> About:
+        """The facts at this generation."""
+        ...
+
+    @property
+    def identities(self) -> int:
+        """How many names there are."""
+        ...
+
+    @property
+    def names(self) -> list[str]:
+        """Identities; `code_of` gives their places."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def code_of(self, label: object) -> int | None:
+        """Place of an identity in `names`; None when it is not enrolled."""
+        ...
+
+    def known(self, wanted: Iterable[Any], kind: Literal["label", "id"]) -> set[Any]:
+        """Those of these labels, or ids, that are there."""
+        ...
+
+    def where(self, where: dict[str, Any]) -> Any:
+        """Templates whose metadata has all these values, as the functions here take them for `templates`."""
+        ...
+
+
+@singledispatch
+def neighbours(now: Any, queries: Vectors, k: int, templates: Any = None) -> Neighbours:
+    """The k nearest templates of each probe; only among `templates`, which `now.where` gave, where given."""
+    raise NotImplementedError
+
+
+@singledispatch
+def nearest_identities(now: Any, queries: Vectors, k: int, templates: Any = None) -> Neighbours:
+    """The best template of each of the k nearest identities of each probe; `templates` as in `neighbours`."""
+    raise NotImplementedError
+
+
+@singledispatch
+def best_identity(
+    now: Any, queries: Vectors, cohort: Cohort | None, near: Neighbours | None = None
+) -> tuple[list[str | None], Vectors]:
+    """Best identity (Q,) and its fused score (Q,) for each probe; None and NaN in an empty gallery.
+
+    `near` are the nearest templates, where they are known already: no second search.
+    """
+    raise NotImplementedError
+
+
+@singledispatch
+def claimed(now: Any, queries: Vectors, cohort: Cohort | None, label: str) -> Vectors:
+    """Fused score (Q,) of each probe with one identity."""
+    raise NotImplementedError
+
+
+@singledispatch
+def in_chunks(
+    now: Any, queries: Vectors, cohort: Cohort | None, own: Ids | None = None
+) -> Iterator[tuple[slice, Vectors]]:
+    """`identity_scores` (q, G) for some queries at a time, with the slice that they are."""
+    raise NotImplementedError
+
+
+@neighbours.register
+def _(now: Snapshot, queries: Vectors, k: int, templates: Ids | None = None) -> Neighbours:
     found = min(k, len(now) if templates is None else len(templates))
     scores: Vectors = np.zeros((len(queries), 0), np.float32)
     places: Ids = np.zeros((len(queries), 0), np.int64)
@@ -25,8 +101,8 @@ def neighbours(now: Snapshot, queries: Vectors, k: int, templates: Ids | None = 
     return answered(now, scores, places, k)
 
 
-def nearest_identities(now: Snapshot, queries: Vectors, k: int, templates: Ids | None = None) -> Neighbours:
-    """The best template of each of the k nearest identities of each probe; `templates` as in `neighbours`."""
+@nearest_identities.register
+def _(now: Snapshot, queries: Vectors, k: int, templates: Ids | None = None) -> Neighbours:
     among = len(now) if templates is None else len(templates)
     codes = now.codes if templates is None else now.codes[templates]
     identities = len(np.unique(codes)) if templates is not None else len(now.names)
@@ -66,29 +142,34 @@ def answered(now: Snapshot, scores: Vectors, places: Ids, k: int) -> Neighbours:
     return Neighbours(ids, labels, padded)
 
 
-def best_identity(
+@best_identity.register
+def _(
     now: Snapshot, queries: Vectors, cohort: Cohort | None, near: Neighbours | None = None
-) -> tuple[Ids, Vectors]:
-    """Best identity (Q,) as a place in `now.names` and its fused score (Q,); -1 and NaN in an empty gallery.
-
-    `near` are the nearest templates, where they are known already: no second search.
-    """
+) -> tuple[list[str | None], Vectors]:
     if not len(now) or not len(queries):
-        return np.full(len(queries), -1, dtype=np.int64), np.full(len(queries), np.nan, np.float32)  # type: ignore[return-value]
+        return [None] * len(queries), np.full(len(queries), np.nan, np.float32)  # type: ignore[return-value]
     if now.meta.settings["fusion"] == "max" and cohort is None:
         near = neighbours(now, queries, 1) if near is None else near
-        return np.array([now.code_of(row[0]) for row in near.labels], dtype=np.int64), near.scores[:, 0]
-    best, top = [], []
+        return [row[0] for row in near.labels], near.scores[:, 0]
+    best: list[str | None] = []
+    top = []
     for _, scores in in_chunks(now, queries, cohort):
-        best.append(scores.argmax(axis=1))
+        best += [now.names[code] for code in scores.argmax(axis=1).tolist()]
         top.append(scores.max(axis=1))
-    return np.concatenate(best), np.concatenate(top)
+    return best, np.concatenate(top)
 
 
-def in_chunks(
+@claimed.register
+def _(now: Snapshot, queries: Vectors, cohort: Cohort | None, label: str) -> Vectors:
+    code = now.code_of(label)
+    assert code is not None
+    return identity_scores(now, queries, cohort, codes=np.array([code]))[:, 0]
+
+
+@in_chunks.register
+def _(
     now: Snapshot, queries: Vectors, cohort: Cohort | None, own: Ids | None = None
 ) -> Iterator[tuple[slice, Vectors]]:
-    """`identity_scores` (q, G) for some queries at a time, with the slice that they are."""
     step = max(1, CHUNK // len(now))
     for start in range(0, len(queries), step):
         part = slice(start, start + step)
@@ -185,7 +266,7 @@ def votes(scores: Vectors, codes: Ids, voters: int, identities: int) -> Vectors:
 
 
 def sub_gallery_scores(
-    now: Snapshot, queries: Vectors, cohort: Cohort | None, own: Ids | None = None, *, draws: int = 4, seed: int = 0
+    now: Any, queries: Vectors, cohort: Cohort | None, own: Ids | None = None, *, draws: int = 4, seed: int = 0
 ) -> dict[float, Vectors]:
     """Best score of each probe in random sub-galleries of an eighth, a quarter and a half of the identities.
 
@@ -233,7 +314,7 @@ def _best_votes(now: Snapshot, scores: Vectors, order: Ids, starts: Ids) -> Vect
 
 
 def highest_pairs(
-    now: Snapshot,
+    now: Templates,
     probes: Vectors,
     cohort: Cohort | None,
     strangers: Sequence[str | None],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cached_property
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -71,6 +72,11 @@ class Snapshot:
 
     def __len__(self) -> int:
         return self._size
+
+    @property
+    def identities(self) -> int:
+        """How many names there are."""
+        return self._identities
 
     @property
     def removed(self) -> int:
@@ -232,6 +238,10 @@ class Snapshot:
         """Place of an identity in `names`; None when it is not enrolled."""
         code = self._places.get(label) if isinstance(label, str) else None
         return code if code is not None and code < self._identities else None
+
+    def known(self, wanted: Iterable[Any], kind: Literal["label", "id"]) -> set[Any]:
+        """Those of these labels, or ids, that are there."""
+        return {value for value in wanted if (self.code_of(value) is not None if kind == "label" else self.has(value))}
 
     def has(self, template: object) -> bool:
         """Whether a template of this id is there."""

@@ -61,8 +61,8 @@ class GalleryDamaged(GalleryError):
 
 
 @dataclass
-class Meta:
-    """The one row of facts about a gallery; changed in the transaction that makes them true.
+class About:
+    """Facts about a gallery, wherever it lies.
 
     Args:
         uuid: Name of this gallery and its backups, 32 hexadecimal digits.
@@ -73,11 +73,10 @@ class Meta:
         calibration: `Calibration.to_dict()`, or None.
         generation: Transactions so far.
         count: Templates.
-        xor: XOR of the digests of all templates, as 32 hexadecimal digits.
-        side: Rows and XOR of the digests of each side table.
         last_id: Highest id ever given out.
         thumbnails: Whether images that are enrolled leave a small picture.
         search: How neighbours are looked for, and what the cache holds; scores do not depend on it.
+        format_version: Of the gallery.
     """
 
     uuid: str
@@ -88,12 +87,33 @@ class Meta:
     calibration: dict[str, Any] | None = None
     generation: int = 0
     count: int = 0
-    xor: str = "0" * 32
-    side: dict[str, list[Any]] = field(default_factory=lambda: {name: [0, "0" * 32] for name in SIDE_TABLES})
     last_id: int = 0
     thumbnails: bool = False
     search: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def references(self) -> bool:
+        """Whether reference images are kept."""
+        raise NotImplementedError
+
+
+@dataclass
+class Meta(About):
+    """The one row of facts about a gallery in a folder; changed in the transaction that makes them true.
+
+    Args:
+        xor: XOR of the digests of all templates, as 32 hexadecimal digits.
+        side: Rows and XOR of the digests of each side table.
+    """
+
+    xor: str = "0" * 32
+    side: dict[str, list[Any]] = field(default_factory=lambda: {name: [0, "0" * 32] for name in SIDE_TABLES})
+
+    @property
+    def references(self) -> bool:
+        """Whether reference images are kept."""
+        return bool(self.side["reference"][0])
 
     def rows(self) -> list[tuple[str, str]]:
         """Key and JSON value, with a digest over all of them."""
