@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--json", action="store_true", help="one JSON document on stdout")
     _add_embed(commands)
     _add_evaluate(commands)
+    _add_oneshot(commands)
     _add_audit(commands)
     _add_finetune(commands)
     _add_export(commands)
@@ -193,6 +194,24 @@ def _add_evaluate(commands: Any) -> None:
     )
     group.add_argument("--steps", type=_count, default=300, help="of low-shot fine-tuning")
     group.add_argument("--flip", type=float, default=0.5, help="in fine-tuning, probability of a left-right flip")
+
+
+def _add_oneshot(commands: Any) -> None:
+    parser = _command(commands, "oneshot", _oneshot, "error of one-shot trials in the form of the Omniglot challenge")
+    parser.add_argument("path", metavar="RUNS_DIR", type=Path, help="folder of runs, each with class_labels.txt")
+    parser.add_argument("--encoder", required=True, help="folder of a saved encoder, or an ONNX file exported from one")
+    _add_embedding(parser)
+    group = parser.add_argument_group(
+        "runs of one's own", "Drawn within alphabets: one drawer's characters to train, another's to test."
+    )
+    group.add_argument(
+        "--draw",
+        metavar="FOLDER",
+        help="first write RUNS_DIR, a new folder, from FOLDER/ALPHABET/CHARACTER/NAME_DRAWER.png",
+    )
+    group.add_argument("--runs", type=_count, default=20, help="how many (default: 20)")
+    group.add_argument("--ways", type=_count, default=20, help="characters of each (default: 20)")
+    group.add_argument("--seed", type=int, default=0, help="of the draw")
 
 
 def _add_audit(commands: Any) -> None:
@@ -600,6 +619,43 @@ def _selected_vectors(path: str, labels: str | None, select: list[str] | None) -
     if select:
         raise ValueError("--select chooses rows of a manifest; stored vectors have no columns.")
     return _vectors(path, labels)
+
+
+def _oneshot(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval.oneshot import draw_runs, evaluate_runs, read_runs
+
+    if not options.draw:
+        runs = read_runs(options.path)  # an error before the encoder is loaded
+    embedder, how = _oneshot_embedder(options)
+    drawn = None
+    if options.draw:
+        drawn = draw_runs(options.draw, options.path, runs=options.runs, ways=options.ways, seed=options.seed)
+        runs = read_runs(options.path)
+    result = evaluate_runs(embedder, options.path, runs, **how)
+    protocol = {name: getattr(options, name) for name in ("path", "draw", "seed", "precision")}
+    views = getattr(embedder, "test_views", None)
+    protocol |= {"alphabets": drawn, "test_views": None if views is None else vars(views)}
+    low, high = result["interval"]
+    lines = [f"{run['run']:10}{run['error']:7.1%}  of {run['trials']}, {run['ways']} ways" for run in result["runs"]]
+    lines.append(
+        f"error {result['error']:.2%} [{low:.2%}, {high:.2%}], mean of {len(runs)} runs with {result['trials']} trials;"
+        f" 95 % over {result['interval_over']}"
+    )
+    return {**result, "protocol": protocol, "text": "\n".join(lines)}
+
+
+def _oneshot_embedder(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """What embeds, and how it is asked to."""
+    if options.encoder.endswith(".onnx"):
+        from embedlab.retrieval import OnnxEmbedder
+
+        if options.precision != "float32":
+            raise ValueError(f"{options.encoder} computes in its own precision; --precision is for a saved encoder.")
+        return OnnxEmbedder(options.encoder), {"batch_size": options.batch_size}
+    from embedlab.encoders import Encoder
+
+    how = {"batch_size": options.batch_size, "precision": options.precision}
+    return _on_device(Encoder.load(options.encoder)), how
 
 
 def _audit(options: argparse.Namespace) -> Result:

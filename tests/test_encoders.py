@@ -4,10 +4,11 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from embedlab.data import Source
+from embedlab.data import FixedViews, ImageData, Source
 from embedlab.encoders import Encoder, EncoderError, LinearHead, MLPHead, Pixels, ResNet, TimmBackbone, connect
 from embedlab.encoders.backbones import PretrainedUnavailableError
 
@@ -191,6 +192,49 @@ def test_save_and_load_give_the_same_vectors_and_fingerprint(tmp_path) -> None:
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["encoder"]
 
 
+VIEWS = FixedViews(3, degrees=20, translate=0.1, elastic=0.02)
+
+
+@pytest.mark.parametrize("head", [MLPHead(6), None])
+def test_test_time_views_are_averaged_as_unit_vectors(head) -> None:
+    torch.manual_seed(0)
+    backbone = ResNet("resnet10", stem="small", width=0.125)
+    plain = Encoder(backbone, head, image_size=16).eval()
+    encoder = Encoder(backbone, head, image_size=16, test_views=VIEWS).eval()
+    images = torch.from_numpy(pictures())
+    sums = torch.zeros(5, encoder.dim, dtype=torch.float64)
+    for grid in VIEWS.grids(16):  # one view after the other
+        moved = F.grid_sample(images / 255, grid.expand(5, -1, -1, -1), padding_mode="border", align_corners=False)
+        sums += plain(moved).double()
+    torch.testing.assert_close(encoder(images).double(), sums / sums.norm(dim=1, keepdim=True), atol=1e-6, rtol=0)
+    assert not torch.allclose(encoder(images), plain(images), atol=1e-3)
+    found = encoder.embed(images, batch_size=4)  # fewer than two images' views
+    np.testing.assert_allclose(found.vectors, encoder(images).detach().numpy(), atol=1e-6)
+
+
+def test_test_time_views_are_part_of_the_saved_encoder(tmp_path) -> None:
+    plain, encoder = small(), small(test_views=VIEWS)
+    assert plain.fingerprint != encoder.fingerprint != small(test_views=FixedViews(3, degrees=19)).fingerprint
+    encoder.save(tmp_path / "views")
+    again = Encoder.load(tmp_path / "views")
+    assert (again.test_views, again.fingerprint) == (VIEWS, encoder.fingerprint)
+    images = torch.from_numpy(pictures())
+    assert torch.equal(again(images), encoder(images))
+    assert torch.equal(Encoder(again.backbone, again.head, **again.preprocessing).eval()(images), encoder(images))
+    assert ImageData("unused", **again.preprocessing).test_views == VIEWS
+    assert again.untrained().test_views == VIEWS
+
+
+def test_encoders_without_test_time_views_are_written_as_ever(tmp_path) -> None:
+    """What older versions wrote is read, and has the fingerprint that galleries know."""
+    encoder = Encoder(Pixels(4), image_size=4)
+    encoder.save(tmp_path / "encoder")
+    description = json.loads((tmp_path / "encoder" / "encoder.json").read_text())
+    assert description["version"] == 1
+    assert "test_views" not in description["preprocessing"]
+    assert description["fingerprint"] == "22c0eb99787193b2d6681db46ef480b8"
+
+
 def test_channels_last_weights_are_saved(tmp_path) -> None:
     encoder = small()
     before = encoder.fingerprint
@@ -221,9 +265,9 @@ def test_format_version_and_missing_files_are_explained(tmp_path, monkeypatch) -
     with pytest.raises(EncoderError, match="holds no saved encoder .*expected encoder.json"):
         Encoder.load(tmp_path)
     monkeypatch.setattr("embedlab.encoders.encoder.FORMAT_VERSION", 99)
-    Encoder(Pixels(4)).save(tmp_path / "encoder")
+    Encoder(Pixels(4), image_size=4, test_views=FixedViews(2)).save(tmp_path / "encoder")
     monkeypatch.undo()
-    with pytest.raises(EncoderError, match="version 99, this embedlab reads embedlab-encoder version 1; update"):
+    with pytest.raises(EncoderError, match="version 99, this embedlab reads embedlab-encoder up to version 2; update"):
         Encoder.load(tmp_path / "encoder")
 
 

@@ -10,12 +10,13 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 from embedlab import Gallery
 from embedlab.cli import main
-from embedlab.data import Source
+from embedlab.data import FixedViews, Source
 from embedlab.data.embedding import identity_hash
 from embedlab.encoders import Encoder, LinearHead, MLPHead, Pixels, ResNet, TimmBackbone
 from embedlab.serving import export
@@ -60,9 +61,19 @@ def float64_vectors(encoder: Encoder, images: np.ndarray) -> np.ndarray:
     """What an encoder means, written out in float64."""
     encoder = copy.deepcopy(encoder).double()
     mean, std = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in encoder.statistics)
-    features = encoder.backbone((torch.from_numpy(images).double() / 255 - mean) / std)
-    vectors = features if encoder.head is None else encoder.head(features)
-    return (vectors / vectors.norm(dim=1, keepdim=True)).numpy()
+    shown = [torch.from_numpy(images).double() / 255]
+    if encoder.test_views is not None:
+        grids = encoder.test_views.grids(encoder.image_size).double()
+        shown = [
+            F.grid_sample(shown[0], grid.expand(len(images), -1, -1, -1), padding_mode="border", align_corners=False)
+            for grid in grids
+        ]
+    total = 0
+    for view in shown:
+        features = encoder.backbone((view - mean) / std)
+        vectors = features if encoder.head is None else encoder.head(features)
+        total = total + vectors / vectors.norm(dim=1, keepdim=True)
+    return (total / total.norm(dim=1, keepdim=True)).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +92,7 @@ ENCODERS = {
         ResNet("resnet8", stem="small", width=0.125), MLPHead(8, norm="layer", dropout=0.5), image_size=16
     ),
     "pixels": lambda: Encoder(Pixels(4), image_size=4),
+    "test-time views": lambda: small(test_views=FixedViews(3, degrees=20, elastic=0.03)),
     "timm": lambda: Encoder(TimmBackbone("test_vit", image_size=32), image_size=32),
 }
 

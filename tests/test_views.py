@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import adjust_brightness, adjust_contr
 
 from embedlab._ops import keyed_uniform
 from embedlab._types import Batch
-from embedlab.data import ImageData, Source, Views
+from embedlab.data import FixedViews, ImageData, Source, Views
 from embedlab.data import views as module
 from embedlab.data.views import _COLUMNS, Mix, PerImage, _turn_hue, color_statistics, keyed_views
 
@@ -136,6 +136,8 @@ def test_keyed_numbers_are_uniform_and_uncorrelated() -> None:
         ({"count": 2, "second": {"blurr": 1.0}}, "Views.second got blurr; it may set blur, blur_sigma"),
         ({"count": 2, "second": {"blur": 2.0}}, "Views.blur is a probability"),
         ({"small_count": 2, "small": {"count": 2}}, "Views.small got count"),
+        ({"stroke": 1.5}, r"Views.stroke must lie in \[0, 1\]"),
+        ({"elastic": -0.1}, "Views.elastic is a share of the side >= 0"),
     ],
 )
 def test_wrong_settings_are_explained(arguments, text) -> None:
@@ -275,12 +277,61 @@ def test_shrinking_by_an_affine_map_does_not_alias() -> None:
         torch.testing.assert_close(view[..., 2:-2, 2:-2], torch.full((2, 3, 44, 44), 0.5), atol=0.02, rtol=0)
 
 
+def test_bending_is_smooth_of_the_stated_size_and_about_nothing() -> None:
+    """Seen on images of their own coordinates: what a view shows at a place is where it was taken from."""
+    side, count = 24, 400
+    place = ((torch.arange(side) + 0.5) / side).expand(count, 1, side, side)
+    index = torch.arange(count)
+    for ramp in (place, place.mT):
+        (view,) = Views(**STILL, elastic=0.02, pad="border")(ramp.contiguous(), index, size=side)
+        shift = (view - ramp)[..., 3:-3, 3:-3]  # a share of the side; the border is cut off at the last pixel
+        assert shift.mean().abs() < 0.002
+        corners = shift[:, 0, [4, 4, 12], [4, 12, 4]]  # near control points and between them
+        assert 0.010 < corners.std() < 0.022
+        assert shift.diff(dim=-1).abs().amax() < 0.03
+        assert shift.diff(dim=-1).diff(dim=-1).abs().mean() < 0.001
+        assert torch.corrcoef(shift.flatten(1)).fill_diagonal_(0).mean().abs() < 0.02  # every image its own
+
+
+def test_strokes_get_thicker_and_thinner_by_half_a_pixel_at_most() -> None:
+    line = torch.ones(300, 1, 15, 15)
+    line[..., 6:9] = 0  # three dark pixels across
+    (view,) = Views(**STILL, stroke=0.5)(line, torch.arange(300), size=15)
+    width = (1 - view[:, 0, 7]).sum(dim=1)
+    assert 2 <= width.min() < 2.1
+    assert 3.9 < width.max() <= 4
+    assert abs(width.mean() - 3) < 0.1
+    torch.testing.assert_close(view[..., 0], line[..., 0])
+
+
+def test_fixed_views_are_the_image_and_the_same_others_every_time() -> None:
+    views = FixedViews(4, degrees=10, translate=0.1, crop_scale=[0.8, 1.2], elastic=0.03, seed=3)
+    grids = views.grids(6)
+    assert torch.equal(
+        grids, FixedViews(4, degrees=10, translate=0.1, crop_scale=(0.8, 1.2), elastic=0.03, seed=3).grids(6)
+    )
+    image = torch.rand(1, 1, 6, 6)
+    torch.testing.assert_close(F.grid_sample(image, grids[:1], align_corners=False), image)
+    assert len({grid.numpy().tobytes() for grid in grids}) == 4
+    other = FixedViews(4, degrees=10, translate=0.1, crop_scale=(0.8, 1.2), elastic=0.03, seed=4).grids(6)
+    assert not torch.equal(grids[1:], other[1:])
+    # saved encoders hold the settings alone: these numbers must never change
+    pinned = [[0.77467, -0.73679], [0.86234, -1.03049], [1.01722, -0.82555]]
+    torch.testing.assert_close(grids[1:, 0, 5], torch.tensor(pinned), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="FixedViews needs count >= 2"):
+        FixedViews(1)
+    with pytest.raises(ValueError, match="pad border"):
+        FixedViews(2, pad="wrap")
+
+
 # --- determinism ---
 
 EVERYTHING = {"count": 2, "blur": 0.5, "solarize": 0.3, "erase": 0.3, "second": {"blur": 0.1}, "small_count": 2}
 
 
-@pytest.mark.parametrize("settings", [{}, {"degrees": 20.0}, {"hue": 0.0}, {"jitter": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"degrees": 20.0}, {"hue": 0.0}, {"jitter": 0.0}, {"elastic": 0.05, "stroke": 0.5}], ids=str
+)
 @pytest.mark.parametrize(("channels", "size"), [(3, 13), (3, 32), (1, 13), (3, 64)])
 @pytest.mark.parametrize("kind", ["uint8", "float"])
 def test_a_view_has_the_same_bits_in_any_batch_chunk_and_thread(kind, channels, size, settings, monkeypatch) -> None:

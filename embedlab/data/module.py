@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from embedlab.data.images import SKIP_LIMIT, Fit, OnError, report_skipped
 from embedlab.data.samplers import BalancedBatches, EvaluationBatches, ResumableLoader, ShuffledBatches
 from embedlab.data.sources import Source, open_source
 from embedlab.data.splits import split_by_class, split_by_group, split_by_sample, write_split
-from embedlab.data.views import PerImage, Views, WholeBatch, color_statistics, keyed_views, to_float
+from embedlab.data.views import FixedViews, PerImage, Views, WholeBatch, color_statistics, keyed_views, to_float
 
 log = logging.getLogger("embedlab")
 
@@ -120,6 +120,7 @@ class ImageData(pl.LightningDataModule):
         views: Random augmentation of the training images. In place of `Views` a transform of one image by
             torchvision, albumentations or lightly (see `PerImage`), or any callable that makes a view, or a tuple of
             views, of a batch in [0, 1] (see `WholeBatch`). Normalising is left to `mean` and `std`.
+        test_views: Go into the trained `Encoder`, which averages over them; training does not know them.
         seed: Of the split, the order and the views.
         workers: Decoding processes for data that does not fit into the cache.
         cache_gib: Decoded images up to this size are kept in memory, so that later epochs decode nothing.
@@ -144,6 +145,7 @@ class ImageData(pl.LightningDataModule):
         images_per_class: int | None = None,
         batches_per_epoch: int | None = None,
         views: Views | PerImage | WholeBatch | Callable[[Tensor], Any] = Views(),  # noqa: B008 - frozen, so sharing it is harmless
+        test_views: FixedViews | Mapping[str, Any] | None = None,
         seed: int = 0,
         workers: int = 0,
         cache_gib: float = 4.0,
@@ -176,6 +178,7 @@ class ImageData(pl.LightningDataModule):
         self.images_per_class = images_per_class
         self.batches_per_epoch = batches_per_epoch
         self.views = views
+        self.test_views = FixedViews.of(test_views)
         self.seed = seed
         self.workers = workers
         self.cache_gib = cache_gib
@@ -186,7 +189,8 @@ class ImageData(pl.LightningDataModule):
     @property
     def preprocessing(self) -> dict[str, object]:
         """What an `Encoder` trained on this data must do to an image: its keyword arguments."""
-        return {
+        views = {} if self.test_views is None else {"test_views": self.test_views}
+        return views | {
             "image_size": self.image_size,
             "channels": self.channels,
             "mean": self.mean,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import random as python_random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -22,7 +22,10 @@ _TRIES = 6  # boxes drawn per crop, of which the first that fits is taken
 _AREA, _RATIO, _PLACE = slice(0, _TRIES), slice(_TRIES, 2 * _TRIES), slice(2 * _TRIES, 2 * _TRIES + 2)
 _FLIP, _AFFINE, _COLOUR, _BLUR, _ERASE = 14, slice(15, 20), slice(20, 26), slice(26, 28), slice(28, 33)
 _ORDER, _SOLARIZE, _MORE_AREA, _MORE_RATIO = slice(33, 37), 37, slice(38, 42), slice(42, 46)
-_COLUMNS = 46
+_BEND, _STROKE = slice(46, 78), 78
+_FEW_COLUMNS, _COLUMNS = 46, 79  # without and with the last two
+
+_LATTICE = 4  # control points per side of the elastic distortion
 
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's, as all numbers of the colour jitter
 _CHUNK = 2**18  # numbers that are worked on at once: they and their temporaries stay in a core's cache
@@ -58,12 +61,12 @@ class Views:
     """Random views of a batch of uint8 images, with the distributions of torchvision's transforms.
 
     Every number comes from (seed, epoch, sample, view), so that a view does not depend on batch, worker or rank. The
-    order is crop, flip, jitter, grey, blur, solarise, erase.
+    order is crop, flip, stroke, jitter, grey, blur, solarise, erase.
 
     Geometry is one resampling. A crop and a flip are torchvision's `RandomResizedCrop`, antialiased, to the pixel. With
-    rotation, shear, shift or a crop larger than the image it is one bilinear affine map whose crops lie between pixels;
-    where that shrinks by more than 1.2 it takes the mean of several points per pixel. Colour images are jittered as by
-    torchvision's `ColorJitter`: its four changes in random order, each cut off at [0, 1], hue by HSV. Images of another
+    rotation, shear, shift, bending or a crop larger than the image it is one bilinear map whose crops lie between
+    pixels; where that shrinks by more than 1.2 it takes the mean of several points per pixel. Colour images are
+    jittered as by torchvision's `ColorJitter`: its four changes in random order, each cut off at [0, 1], hue by HSV. Images of another
     number of channels get brightness, then contrast, with one cut at the end.
 
     Args:
@@ -91,6 +94,9 @@ class Views:
         small_size: Side of the small crops in pixels; None is half of the large ones'.
         small_scale: Their crop_scale.
         small: Settings in which they differ from the first view, such as DINO's `{blur: 0.5}`.
+        elastic: Smooth bending as in handwriting: standard deviation of the shifts of 4 x 4 control points, as a share
+            of the image's side.
+        stroke: Strokes get up to this part of a pixel thicker or thinner at each edge, in [0, 1].
 
     Example:
         >>> images, index = torch.zeros(5, 3, 32, 32, dtype=torch.uint8), torch.arange(5)
@@ -122,11 +128,17 @@ class Views:
     small_size: int | None = None
     small_scale: tuple[float, float] = (0.05, 0.2)
     small: dict[str, Any] | None = None
+    elastic: float = 0.0
+    stroke: float = 0.0
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
         if not 0 < low <= high:
             raise ValueError(f"Views.crop_scale needs 0 < low <= high (shares of the area), got {self.crop_scale}.")
+        if self.elastic < 0:
+            raise ValueError(f"Views.elastic is a share of the side >= 0, got {self.elastic}; 0.02 to 0.05 bends.")
+        if not 0 <= self.stroke <= 1:
+            raise ValueError(f"Views.stroke must lie in [0, 1] (part of a pixel), got {self.stroke}.")
         for name in ("flip", "jitter", "grayscale", "blur", "solarize", "erase"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Views.{name} is a probability in [0, 1], got {getattr(self, name)}.")
@@ -197,11 +209,15 @@ class Views:
         views: dict[int, Tensor] = {}
         for settings, side, numbers in self._groups(size):
             random = torch.cat(
-                [keyed_uniform(index, _COLUMNS, seed=seed, epoch=epoch, stream=number) for number in numbers]
+                [keyed_uniform(index, settings._columns, seed=seed, epoch=epoch, stream=number) for number in numbers]
             )  # (V B, columns)
             drawn = settings._draw(images, random, side, normalize or _as_it_is)
             views.update(zip(numbers, drawn.chunk(len(numbers)), strict=True))
         return tuple(views[number] for number in sorted(views))
+
+    @property
+    def _columns(self) -> int:
+        return _COLUMNS if self.elastic or self.stroke else _FEW_COLUMNS
 
     def _draw(self, images: Tensor, random: Tensor, size: int, normalize: Callable[[Tensor], Tensor]) -> Tensor:
         """(V B, C, size, size) for (V B, columns) random numbers, those of each view in the order of the images."""
@@ -209,13 +225,14 @@ class Views:
         if images.device.type != "cpu":  # fixed shapes: no wait for the device
             everything = torch.arange(len(random), device=images.device)
             scratch = images.new_empty((_PLANES, len(random), size**2), dtype=torch.float32)
-            views = self._recolour(cut(everything), plan, _hue_step(random), scratch)
+            views = self._recolour(self._redraw(cut(everything), random), plan, _hue_step(random), scratch)
             return normalize(_erase(views, random[:, _ERASE], self.erase) if self.erase else views)
         drawn = torch.empty(len(random), channels, size, size)
         most = max(1, _CHUNK // (channels * size**2))
         scratch = torch.empty(_PLANES, min(most, len(random)), size**2)
         for rows, step in self._chunks(random, channels, most):
-            views = self._recolour(cut(rows), plan[rows], step, scratch[:, : len(rows)])
+            views = self._redraw(cut(rows), random[rows])
+            views = self._recolour(views, plan[rows], step, scratch[:, : len(rows)])
             if self.erase:
                 views = _erase(views, random[rows, _ERASE], self.erase)
             drawn[rows] = normalize(views)
@@ -236,7 +253,7 @@ class Views:
 
     def _cutter(self, images: Tensor, random: Tensor, size: int) -> Callable[[Tensor], Tensor]:
         """A function from row numbers (n,) to their views (n, C, size, size) before any change of colour."""
-        if self.degrees or self.shear or self.translate or self.crop_scale[1] > 1:
+        if self.degrees or self.shear or self.translate or self.elastic or self.crop_scale[1] > 1:
             return self._affine_cutter(images, random, size)
         boxes = self._boxes(random, *images.shape[-2:])
         mirror = random[:, _FLIP] < self.flip
@@ -292,6 +309,8 @@ class Views:
         def cut(rows: Tensor) -> Tensor:
             shape = [len(rows), images.shape[1], size * points, size * points]
             grid = F.affine_grid(theta[rows], shape, align_corners=False)
+            if self.elastic:
+                grid = grid + self._bend(random[rows, _BEND], size * points)
             views = F.grid_sample(
                 to_float(images[rows % len(images)]), grid, padding_mode=self.pad, align_corners=False
             )
@@ -313,6 +332,20 @@ class Views:
         c, d = sin + cos * slope_y, sin * slope_x + cos
         rows = [width * a * mirror, width * b, shift_x, height * c * mirror, height * d, shift_y]
         return torch.stack(rows, dim=1).view(-1, 2, 3)
+
+    def _bend(self, random: Tensor, side: int) -> Tensor:
+        """(N, side, side, 2) shifts in the image's coordinates, which go from -1 to 1: cubic between control points."""
+        lattice = (random - 0.5).mul(2 * self.elastic * math.sqrt(12)).view(-1, 2, _LATTICE, _LATTICE)
+        between = _cubic(side, random.device)
+        return (between @ lattice @ between.T).permute(0, 2, 3, 1)
+
+    def _redraw(self, views: Tensor, random: Tensor) -> Tensor:
+        """Thicker or thinner strokes, dark or light: part of the way to the darkest or lightest neighbour."""
+        if not self.stroke:
+            return views
+        part = _spatial(random[:, _STROKE].mul(2).sub(1).mul(self.stroke))
+        lightest, darkest = F.max_pool2d(views, 3, 1, 1), -F.max_pool2d(-views, 3, 1, 1)
+        return torch.lerp(views, torch.where(part > 0, lightest, darkest), part.abs())
 
     def _box(self, random: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
         """Width and height (N,) of the crops as shares of the image; as torchvision, the first drawn box that fits."""
@@ -520,6 +553,80 @@ def _erase(views: Tensor, random: Tensor, probability: float) -> Tensor:
     in_rows = (position - random[:, 4:5]).abs() < half_height[:, None]  # (B, H)
     erased = in_rows[:, None, :, None] & in_columns[:, None, None, :] & _spatial(random[:, 0] < probability)
     return torch.where(erased, views.mean(dim=(2, 3), keepdim=True), views)
+
+
+@functools.lru_cache(maxsize=16)
+def _cubic(side: int, device: torch.device) -> Tensor:
+    """(side, lattice): weights of the control points, of which the outermost lie on the edge."""
+    one = torch.eye(_LATTICE, device=device)[None, :, None]
+    return F.interpolate(one, (1, side), mode="bicubic", align_corners=True)[0, :, 0].T.contiguous()
+
+
+# --- the same views every time ---
+
+
+@dataclass(frozen=True)
+class FixedViews:
+    """The same few views of every image; an `Encoder` that has them gives the mean of their unit vectors.
+
+    The first is the image itself, the others are drawn once, as `Views` draws them, from the seed alone. With the mean
+    on both sides a cosine is, up to the lengths of the two means, the mean of the cosines over all pairs of views.
+    Each image costs `count` forward passes.
+
+    Args:
+        count: Views per image, the plain one included; >= 2.
+        crop_scale: As `Views`, for all that follow.
+        crop_ratio: Aspect ratio of the crop.
+        flip: Probability of a left-right flip.
+        degrees: Largest rotation to either side.
+        shear: Largest shear to either side, as a slope.
+        translate: Largest shift to either side, as a share of the image's side.
+        elastic: Bending, as a share of the image's side.
+        pad: What stands outside the image.
+        seed: Of the draw.
+
+    Example:
+        >>> FixedViews(4, degrees=10).grids(32).shape
+        torch.Size([4, 32, 32, 2])
+    """
+
+    count: int = 8
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    crop_ratio: tuple[float, float] = (1.0, 1.0)
+    flip: float = 0.0
+    degrees: float = 0.0
+    shear: float = 0.0
+    translate: float = 0.0
+    elastic: float = 0.0
+    pad: str = "border"
+    seed: int = 0
+
+    @classmethod
+    def of(cls, settings: FixedViews | Mapping[str, Any] | None) -> FixedViews | None:
+        """Take what a file holds of them as well."""
+        return cls(**settings) if isinstance(settings, Mapping) else settings
+
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "crop_ratio"):  # lists, where they come from a file
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.count < 2:
+            raise ValueError(f"FixedViews needs count >= 2, the plain image and others, got {self.count}; null is one.")
+        self._views()
+
+    def _views(self) -> Views:
+        """Their distribution, which checks its settings."""
+        shared = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("count", "seed")}
+        return Views(**shared, jitter=0.0, grayscale=0.0)
+
+    def grids(self, size: int) -> Tensor:
+        """Where each pixel (count, size, size, 2) lies in the image, whose sides go from -1 to 1: x, then y."""
+        # saved encoders hold the settings, not these numbers: how they are drawn must never change
+        views, random = self._views(), keyed_uniform(torch.arange(self.count), _COLUMNS, seed=self.seed)
+        theta = views._geometry(random, 1.0)
+        grids = F.affine_grid(theta, [self.count, 1, size, size], align_corners=False)
+        grids = grids + views._bend(random[:, _BEND], size)
+        plain = F.affine_grid(torch.eye(2, 3)[None], [1, 1, size, size], align_corners=False)
+        return torch.cat([plain, grids[1:]])
 
 
 # --- mixtures of several images ---

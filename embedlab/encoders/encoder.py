@@ -10,12 +10,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -25,14 +27,14 @@ from embedlab._types import Embeddings
 from embedlab.data.embedding import embed_images, identity_hash
 from embedlab.data.images import Fit, OnError, fit_batch
 from embedlab.data.sources import Source
-from embedlab.data.views import color_statistics
+from embedlab.data.views import FixedViews, color_statistics
 from embedlab.encoders.backbones import Pixels, ResNet, TimmBackbone
 from embedlab.encoders.heads import LinearHead, MLPHead, connect
 
 log = logging.getLogger("embedlab")
 
 FORMAT = "embedlab-encoder"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # written where there are test-time views; without them version 1, which older ones read too
 _ARCHITECTURES: dict[str, type[nn.Module]] = {
     kind.__name__: kind for kind in (ResNet, TimmBackbone, Pixels, MLPHead, LinearHead)
 }
@@ -54,6 +56,7 @@ class Encoder(nn.Module):
         mean: Per channel, of images in [0, 1]; None is ImageNet's.
         std: As mean.
         fit: How an image of another shape becomes square: "crop", "stretch" or "pad".
+        test_views: Views of each image whose unit vectors are averaged, or their settings; None takes the image alone.
         identities: Hashes (`identity_hash`) of the labels that the weights were trained on; they are saved along but
             are no part of the fingerprint.
 
@@ -67,6 +70,7 @@ class Encoder(nn.Module):
 
     mean: Tensor
     std: Tensor
+    grids: Tensor | None
 
     def __init__(
         self,
@@ -78,6 +82,7 @@ class Encoder(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         fit: Fit = "crop",
+        test_views: FixedViews | Mapping[str, Any] | None = None,
         identities: Collection[str] = (),
     ) -> None:
         super().__init__()
@@ -91,6 +96,9 @@ class Encoder(nn.Module):
         self.statistics = color_statistics(self.channels, mean, std)
         for name, value in zip(("mean", "std"), self.statistics, strict=True):
             self.register_buffer(name, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
+        self.test_views = FixedViews.of(test_views)
+        grids = None if self.test_views is None else self.test_views.grids(image_size)  # (T, S, S, 2)
+        self.register_buffer("grids", grids, persistent=False)
 
     def trained_on(self, label: str) -> bool:
         """Whether the weights were trained with images under this label; such a one is no stranger to them."""
@@ -98,8 +106,9 @@ class Encoder(nn.Module):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """What happens to an image before the backbone sees it."""
-        return {
+        """What happens to an image before the backbone sees it; keyword arguments of another encoder or `ImageData`."""
+        views = {} if self.test_views is None else {"test_views": asdict(self.test_views)}
+        return views | {
             "image_size": self.image_size,
             "channels": self.channels,
             "fit": self.fit,
@@ -128,9 +137,13 @@ class Encoder(nn.Module):
                 "and grey images have 1 channel."
             )
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        if self.grids is not None and self.test_views is not None:
+            images = _look(images, self.grids, self.test_views.pad)
         embeddings = self.backbone((images - self.mean) / self.std)
         if self.head is not None:
             embeddings = self.head(embeddings)
+        if self.grids is not None:
+            embeddings = normalize(embeddings).view(len(self.grids), -1, self.dim).mean(dim=0)
         return normalize(embeddings)
 
     def untrained(self, images: Tensor | None = None, *, seed: int = 0) -> Encoder:
@@ -185,7 +198,7 @@ class Encoder(nn.Module):
 
         Args:
             images: Paths, a `Source`, or (N, C, H, W) uint8 or float in [0, 1].
-            batch_size: Images per forward pass.
+            batch_size: Images per forward pass; with test-time views, views.
             precision: "bfloat16" is 2-3 times faster on recent processors and changes a cosine by about 0.001.
             on_error: "stop" raises at the first unreadable file, "skip" leaves it out and logs it (1 % at most).
             progress: Show a bar on stderr when it takes longer than a second.
@@ -201,7 +214,7 @@ class Encoder(nn.Module):
             channels=self.channels,
             fit=self.fit,
             dim=self.dim,
-            batch_size=batch_size,
+            batch_size=batch_size if self.test_views is None else max(1, batch_size // self.test_views.count),
             on_error=on_error,
             progress=progress,
         )
@@ -228,7 +241,7 @@ class Encoder(nn.Module):
         weights = save_tensors(state)
         description = {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": 1 if self.test_views is None else FORMAT_VERSION,
             "digest": "0" * 32,
             "fingerprint": self.fingerprint,
             "dim": self.dim,
@@ -279,6 +292,14 @@ class Encoder(nn.Module):
         return encoder.eval()
 
 
+def _look(images: Tensor, grids: Tensor, pad: str) -> Tensor:
+    """Views (T B, C, S, S) of images (B, C, H, W), which share the grids (T, S, S, 2) as the channels of one would."""
+    count, channels, height, width = images.shape
+    layers = images.reshape(1, count * channels, height, width).expand(len(grids), -1, -1, -1)
+    views = F.grid_sample(layers, grids, padding_mode=pad, align_corners=False)
+    return views.reshape(len(grids) * count, channels, *grids.shape[1:3])
+
+
 def _describe(module: nn.Module) -> dict[str, Any]:
     kind = type(module)
     if _ARCHITECTURES.get(kind.__name__) is kind:
@@ -326,9 +347,9 @@ def _read_checked(folder: Path) -> tuple[dict[str, Any], bytes]:
             "or train again."
         )
     description: dict[str, Any] = json.loads(text)
-    if description["format"] != FORMAT or description["version"] != FORMAT_VERSION:
+    if description["format"] != FORMAT or description["version"] not in range(1, FORMAT_VERSION + 1):
         raise EncoderError(
             f"{folder} has format {description['format']} version {description['version']}, this embedlab reads "
-            f"{FORMAT} version {FORMAT_VERSION}; update embedlab."
+            f"{FORMAT} up to version {FORMAT_VERSION}; update embedlab."
         )
     return description, weights
