@@ -622,19 +622,18 @@ def _selected_vectors(path: str, labels: str | None, select: list[str] | None) -
 
 
 def _oneshot(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval.embedders import as_embedder, on_device
     from embedlab.retrieval.oneshot import draw_runs, evaluate_runs, read_runs
 
-    if not options.draw:
-        runs = read_runs(options.path)  # an error before the encoder is loaded
-    embedder, how = _oneshot_embedder(options)
+    runs = [] if options.draw else read_runs(options.path)  # an error before the encoder is loaded
+    encoder: Any = on_device(as_embedder(options.encoder))
     drawn = None
     if options.draw:
         drawn = draw_runs(options.draw, options.path, runs=options.runs, ways=options.ways, seed=options.seed)
         runs = read_runs(options.path)
-    result = evaluate_runs(embedder, options.path, runs, **how)
+    result = evaluate_runs(encoder, options.path, runs, batch_size=options.batch_size, precision=options.precision)
     protocol = {name: getattr(options, name) for name in ("path", "draw", "seed", "precision")}
-    views = getattr(embedder, "test_views", None)
-    protocol |= {"alphabets": drawn, "test_views": None if views is None else vars(views)}
+    protocol |= {"alphabets": drawn, "preprocessing": encoder.preprocessing}
     low, high = result["interval"]
     lines = [f"{run['run']:10}{run['error']:7.1%}  of {run['trials']}, {run['ways']} ways" for run in result["runs"]]
     lines.append(
@@ -642,20 +641,6 @@ def _oneshot(options: argparse.Namespace) -> Result:
         f" 95 % over {result['interval_over']}"
     )
     return {**result, "protocol": protocol, "text": "\n".join(lines)}
-
-
-def _oneshot_embedder(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """What embeds, and how it is asked to."""
-    if options.encoder.endswith(".onnx"):
-        from embedlab.retrieval import OnnxEmbedder
-
-        if options.precision != "float32":
-            raise ValueError(f"{options.encoder} computes in its own precision; --precision is for a saved encoder.")
-        return OnnxEmbedder(options.encoder), {"batch_size": options.batch_size}
-    from embedlab.encoders import Encoder
-
-    how = {"batch_size": options.batch_size, "precision": options.precision}
-    return _on_device(Encoder.load(options.encoder)), how
 
 
 def _audit(options: argparse.Namespace) -> Result:

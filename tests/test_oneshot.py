@@ -228,7 +228,7 @@ def test_command(runs: Path, characters: Path, tmp_path: Path, capsys: pytest.Ca
     found = json.loads(capsys.readouterr().out)
     assert [row["error"] for row in found["runs"]] == [0.25, 0, 0.5]
     assert found["error"] == pytest.approx(0.25)
-    assert found["protocol"]["test_views"]["count"] == 2
+    assert found["protocol"]["preprocessing"]["test_views"]["count"] == 2
     drawn = str(tmp_path / "drawn")
     assert main(["oneshot", drawn, "--draw", str(characters), "--ways", "3", "--runs", "2", "--encoder", encoder]) == 0
     out = capsys.readouterr().out

@@ -66,8 +66,8 @@ class Views:
     Geometry is one resampling. A crop and a flip are torchvision's `RandomResizedCrop`, antialiased, to the pixel. With
     rotation, shear, shift, bending or a crop larger than the image it is one bilinear map whose crops lie between
     pixels; where that shrinks by more than 1.2 it takes the mean of several points per pixel. Colour images are
-    jittered as by torchvision's `ColorJitter`: its four changes in random order, each cut off at [0, 1], hue by HSV. Images of another
-    number of channels get brightness, then contrast, with one cut at the end.
+    jittered as by torchvision's `ColorJitter`: its four changes in random order, each cut off at [0, 1], hue by HSV.
+    Images of another number of channels get brightness, then contrast, with one cut at the end.
 
     Args:
         count: Large views per image; 2 for SimCLR.
