@@ -19,7 +19,8 @@ from embedlab._json import plain
 if TYPE_CHECKING:
     from embedlab._types import Embeddings
     from embedlab.data import Source
-    from embedlab.retrieval.subjects import Subject
+    from embedlab.retrieval.evaluation import Evaluation, Plan
+    from embedlab.retrieval.subjects import ReadingOptions, Subject
 
 Result = dict[str, Any]
 PATH_HELP = "folder of images (label = folder), CSV or Parquet manifest, one image, or torchvision:NAME"
@@ -181,6 +182,19 @@ def _add_evaluate(commands: Any) -> None:
     group.add_argument("--fpir", type=float, default=0.05, help="promised false-positive identification rate")
     group.add_argument("--templates", type=_count, default=3, help="enrolled images per identity, without --reference")
     group.add_argument("--seed", type=int, default=0, help="of the halves and templates; the first of --seeds")
+    group = parser.add_argument_group(
+        "bad conditions",
+        "All figures again with degraded queries; the reference, the templates and what sets the threshold stay clean.",
+    )
+    group.add_argument(
+        "--degradations",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="all, or some of blur noise low_light haze jpeg downscale rain occlusion",
+    )
+    group.add_argument("--severities", type=_count, nargs="+", default=(1, 2, 3, 4, 5), help="from 1 to 5")
+    group.add_argument("--pictures", type=Path, help="folder for robustness.png and degradations.png")
     group = parser.add_argument_group(
         "protocols for a pre-trained backbone",
         "Test accuracy on PATH of the backbone, without its head, with --reference as the labelled training images.",
@@ -532,11 +546,18 @@ def _evaluate(options: argparse.Namespace) -> Result:
         fpir=options.fpir,
         templates=options.templates,
         seed=options.seed,
+        degradations=options.degradations,
+        severities=options.severities,
     )
+    if options.pictures and not options.degradations:
+        raise ValueError("--pictures draws what --degradations measures; give both.")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after the work
     started = time.perf_counter()
     found = [evaluate(subject, plan) for subject in _subjects(options)]
+    text = to_text(found)
+    if plan.degradations:
+        text += f"\n\n{_degraded(options, plan, found)}"
     result = {
         "results": {one.subject.name: one.figures for one in found},
         "protocol": protocol_of(plan, found),
@@ -544,12 +565,44 @@ def _evaluate(options: argparse.Namespace) -> Result:
     }
     if options.out:
         options.out.write_text(json.dumps(plain(result), indent=1), encoding="utf-8")
-    return {**result, "text": to_text(found)}
+    return {**result, "text": text}
+
+
+def _degraded(options: argparse.Namespace, plan: Plan, found: list[Evaluation]) -> str:
+    """Measure again under bad conditions; the figures go to the others, the tables come back."""
+    from embedlab.retrieval.robustness import degraded_figures, robustness_text
+
+    for one in found:
+        one.figures["degraded"] = degraded_figures(one, plan, _reading_options(options))
+    text = robustness_text(found)
+    if options.pictures:
+        from embedlab.serving.pictures import draw_degradation_sheet, draw_robustness
+
+        options.pictures.mkdir(parents=True, exist_ok=True)
+        draw_robustness(
+            options.pictures / "robustness.png", {one.subject.name: one.figures["degraded"] for one in found}
+        )
+        draw_degradation_sheet(
+            options.pictures / "degradations.png",
+            _source(options.path, options.select),
+            found[0].subject.encoder,  # type: ignore[arg-type]
+            names=plan.degradations,
+            severities=plan.severities,
+            seed=plan.seed,
+        )
+        text += f"\n\n{options.pictures}: robustness.png, degradations.png"
+    return text
+
+
+def _reading_options(options: argparse.Namespace) -> ReadingOptions:
+    from embedlab.retrieval.subjects import ReadingOptions
+
+    return ReadingOptions(batch_size=options.batch_size, precision=options.precision, on_error=options.on_error)
 
 
 def _subjects(options: argparse.Namespace) -> list[Subject]:
     """The rows of the table."""
-    from embedlab.retrieval.subjects import ReadingOptions, baseline_subjects, encoder_subject, stored_subject
+    from embedlab.retrieval.subjects import baseline_subjects, encoder_subject, stored_subject
 
     if _is_vectors(options.path):
         if options.baselines or options.encoder:
@@ -560,7 +613,7 @@ def _subjects(options: argparse.Namespace) -> list[Subject]:
     from embedlab.retrieval.embedders import as_embedder
 
     encoder: Any = as_embedder(options.encoder)
-    how = ReadingOptions(batch_size=options.batch_size, precision=options.precision, on_error=options.on_error)
+    how = _reading_options(options)
     baselines = (
         baseline_subjects(encoder, options.path, _selection(options.select), options=how) if options.baselines else []
     )

@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 from embedlab._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from embedlab.data.degradations import DEGRADATIONS as DEGRADATIONS
+    from embedlab.data.degradations import Degrade as Degrade
+    from embedlab.data.degradations import degrade as degrade
     from embedlab.data.glyphs import Glyphs as Glyphs
     from embedlab.data.glyphs import GlyphSplit as GlyphSplit
     from embedlab.data.glyphs import render_glyphs as render_glyphs
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(
     __name__,
     {
+        ".degradations": ["DEGRADATIONS", "Degrade", "degrade"],
         ".glyphs": ["GlyphSplit", "Glyphs", "render_glyphs", "split_glyphs"],
         ".images": ["ImageError", "fit_image", "read_image", "read_images"],
         ".module": ["ImageData"],

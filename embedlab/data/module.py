@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from embedlab._types import Batch
+from embedlab.data.degradations import Degrade
 from embedlab.data.images import SKIP_LIMIT, Fit, OnError, report_skipped
 from embedlab.data.samplers import BalancedBatches, EvaluationBatches, ResumableLoader, ShuffledBatches
 from embedlab.data.sources import Source, open_source
@@ -121,6 +122,7 @@ class ImageData(pl.LightningDataModule):
             torchvision, albumentations or lightly (see `PerImage`), or any callable that makes a view, or a tuple of
             views, of a batch in [0, 1] (see `WholeBatch`). Normalising is left to `mean` and `std`.
         test_views: Go into the trained `Encoder`, which averages over them; training does not know them.
+        degrade: Bad conditions for some of the views, whatever they are; None leaves them as they are.
         seed: Of the split, the order and the views.
         workers: Decoding processes for data that does not fit into the cache.
         cache_gib: Decoded images up to this size are kept in memory, so that later epochs decode nothing.
@@ -146,6 +148,7 @@ class ImageData(pl.LightningDataModule):
         batches_per_epoch: int | None = None,
         views: Views | PerImage | WholeBatch | Callable[[Tensor], Any] = Views(),  # noqa: B008 - frozen, so sharing it is harmless
         test_views: FixedViews | Mapping[str, Any] | None = None,
+        degrade: Degrade | None = None,
         seed: int = 0,
         workers: int = 0,
         cache_gib: float = 4.0,
@@ -179,6 +182,7 @@ class ImageData(pl.LightningDataModule):
         self.batches_per_epoch = batches_per_epoch
         self.views = views
         self.test_views = FixedViews.of(test_views)
+        self.degrade = degrade
         self.seed = seed
         self.workers = workers
         self.cache_gib = cache_gib
@@ -311,17 +315,14 @@ class ImageData(pl.LightningDataModule):
         """Make the views where the network is, and normalise them."""
         trainer = self.trainer
         (images,) = batch.views
-        if trainer is not None and trainer.training:
-            views = keyed_views(self.views)(
-                images,
-                batch.index,
-                size=self.view_size,
-                seed=self.seed,
-                epoch=trainer.current_epoch,
-                normalize=self.normalize,
-            )
-        else:
+        if trainer is None or not trainer.training:
             return Batch((self.plain(images),), batch.labels, batch.index)
+        key = {"seed": self.seed, "epoch": trainer.current_epoch}
+        normalize = self.normalize if self.degrade is None else None
+        views = keyed_views(self.views)(images, batch.index, size=self.view_size, normalize=normalize, **key)
+        if self.degrade is not None:
+            degraded = (self.degrade(view, batch.index, view=number, **key) for number, view in enumerate(views))
+            views = tuple(self.normalize(view) for view in degraded)
         return Batch(views, batch.labels, batch.index)
 
     def plain(self, images: Tensor) -> Tensor:

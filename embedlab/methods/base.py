@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from embedlab._types import Batch
 from embedlab.data import ImageData
-from embedlab.encoders import connect
+from embedlab.encoders import Encoder, connect
 from embedlab.methods.batch_norm import synchronize_batch_norm
 from embedlab.methods.cached_gradient import cached_gradient
 
@@ -67,11 +68,17 @@ class Method(pl.LightningModule):
         self.head = head
         self.dim = connect(backbone, head)
         self.identities: frozenset[str] = frozenset()  # hashes of those that the weights were trained on before
+        self.started_from: dict[str, Any] | None = None  # preprocessing of the saved encoder that the weights are of
         self.optimizer = optimizer
         self.warmup = warmup
         self.scale_rate = scale_rate
         self.sync_batch_norm = sync_batch_norm
         self.chunk = chunk
+
+    def start_from(self, encoder: Encoder) -> None:
+        """Remember where the weights come from: whom they know, and how their images were normalised."""
+        self.identities = encoder.identities
+        self.started_from = encoder.preprocessing
 
     @property
     def uses_labels(self) -> bool:
@@ -108,6 +115,16 @@ class Method(pl.LightningModule):
                 f"The data has {data.channels} channels, the backbone takes {expected}; set "
                 "data.init_args.channels or model.init_args.backbone.init_args.in_channels to the other's value."
             )
+        if isinstance(data, ImageData) and self.started_from is not None:
+            ours, theirs = (
+                {name: list(found[name]) for name in ("mean", "std")}  # type: ignore[call-overload]
+                for found in (data.preprocessing, self.started_from)
+            )
+            if ours != theirs:
+                raise ValueError(
+                    f"The encoder was trained with {theirs}, the data are normalised with {ours}; set "
+                    "data.init_args.mean and std to the encoder's, or its features will be off."
+                )
         if stage == "fit":
             self.train()
         self.to(memory_format=torch.channels_last)
@@ -154,6 +171,13 @@ class Method(pl.LightningModule):
             )
         images = per_rank * self.trainer.world_size * self.trainer.accumulate_grad_batches
         return images / 256 if self.scale_rate == "linear" else math.sqrt(images / 256)
+
+
+def backbone_or_encoder(name: str, backbone: nn.Module | None, encoder: str | Path | None) -> Encoder | None:
+    """The saved encoder to start from, or None where a backbone is given; exactly one of them must be."""
+    if (backbone is None) == (encoder is None):
+        raise ValueError(f"{name} takes either a backbone or a saved encoder to start from.")
+    return None if encoder is None else Encoder.load(encoder)
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], rate: float = 1.0) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,15 +15,16 @@ from embedlab._types import Batch
 from embedlab.losses import SupConLoss
 from embedlab.losses._base import apply_loss, gathers, one_type
 from embedlab.losses.proxies import MarginSoftmaxLoss
-from embedlab.methods.base import Method, decay_groups
+from embedlab.methods.base import Method, backbone_or_encoder, decay_groups
 
 
 class MetricLearning(Method):
     """Train an embedding so that images of one class lie together and classes apart.
 
     Args:
-        backbone: Normalised images (B, C, H, W) to features (B, F).
-        head: Features to what the loss compares; None trains the features themselves.
+        backbone: Normalised images (B, C, H, W) to features (B, F); or give `encoder`.
+        head: Features to what the loss compares; None trains the features themselves, or the encoder's own head.
+        encoder: Folder of a saved encoder to go on from; the data's mean and std must be its own.
         keep_head: Whether the head belongs to the encoder. False throws it away after training, as Khosla et al. do:
             with few training classes the backbone's features tell unseen ones better apart.
         loss: A loss of `embedlab.losses`, or any module that takes (embeddings, labels), such as those of
@@ -41,9 +43,10 @@ class MetricLearning(Method):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: nn.Module | None = None,
         head: nn.Module | None = None,
         *,
+        encoder: str | Path | None = None,
         keep_head: bool = True,
         loss: nn.Module | None = None,
         miner: nn.Module | None = None,
@@ -55,15 +58,18 @@ class MetricLearning(Method):
         sync_batch_norm: bool = False,
         chunk: int | None = None,
     ) -> None:
+        start = backbone_or_encoder("MetricLearning", backbone, encoder)
         super().__init__(
-            backbone,
-            head,
+            start.backbone if start else backbone,  # type: ignore[arg-type]
+            start.head if start and head is None else head,
             optimizer=optimizer,
             warmup=warmup,
             scale_rate=scale_rate,
             sync_batch_norm=sync_batch_norm,
             chunk=chunk,
         )
+        if start is not None:
+            self.start_from(start)
         self.keep_head = keep_head
         self.loss = SupConLoss() if loss is None else loss
         if miner is not None and gathers(self.loss):

@@ -372,6 +372,7 @@ def knn_accuracy(
     *,
     k: int = 200,
     temperature: float = 0.1,
+    same_rows: bool = False,
 ) -> float:
     """Accuracy of the weighted k-nearest-neighbour vote, Wu et al. 2018, section 3.4 (https://arxiv.org/abs/1805.01978).
 
@@ -385,6 +386,7 @@ def knn_accuracy(
         test_labels: (Q,) labels; a class that training has not seen counts as an error.
         k: Voters per test sample; more than there are means all.
         temperature: Divides the cosine; no unit, > 0. Wu et al. use 0.07.
+        same_rows: Row i of test and train is the same sample, seen under other conditions: it has no vote for itself.
 
     Raises:
         ValueError: Shapes or labels that do not fit, a NaN or zero vector, k or temperature not above 0.
@@ -393,7 +395,8 @@ def knn_accuracy(
         >>> knn_accuracy([[1, 0], [0, 1]], ["a", "b"], [[2, 1], [1, 3]], ["a", "b"], k=1)
         1.0
     """
-    return float(knn_hits(train, train_labels, test, test_labels, k=k, temperature=temperature).mean())
+    hits = knn_hits(train, train_labels, test, test_labels, k=k, temperature=temperature, same_rows=same_rows)
+    return float(hits.mean())
 
 
 def knn_hits(
@@ -404,6 +407,7 @@ def knn_hits(
     *,
     k: int = 200,
     temperature: float = 0.1,
+    same_rows: bool = False,
 ) -> Booleans:
     """Whether the vote of `knn_accuracy` is right, test sample by test sample: what `bootstrap_interval` wants.
 
@@ -414,6 +418,7 @@ def knn_hits(
         test_labels: (Q,) labels.
         k: Voters per test sample.
         temperature: Divides the cosine.
+        same_rows: Row i of test and train is the same sample.
 
     Raises:
         ValueError: As `knn_accuracy`.
@@ -429,12 +434,18 @@ def knn_hits(
         problem = Problem(train, train_labels)
     else:
         problem = Problem(test, test_labels, reference=train, reference_labels=train_labels)
-    k, classes = min(k, len(problem.reference) - problem.leave_one_out), len(problem.classes)
+    leave_one_out = problem.leave_one_out or same_rows
+    if same_rows and len(problem.query) != len(problem.reference):
+        raise ValueError(
+            f"same_rows says that test and train are the same samples in the same order, but they are "
+            f"{len(problem.query)} and {len(problem.reference)}."
+        )
+    k, classes = min(k, len(problem.reference) - leave_one_out), len(problem.classes)
     if k < 1:
         raise ValueError("knn_accuracy by leave-one-out needs at least 2 samples, got 1.")
     right = np.empty(len(problem.query), dtype=np.bool_)
     step = int(np.clip(BUDGET // (16 * max(k, classes, problem.query.dim)), 1, 8192))
-    for rows, ids, scores in _nearest(problem.query, problem.search, k, problem.leave_one_out, step):
+    for rows, ids, scores in _nearest(problem.query, problem.search, k, leave_one_out, step):
         # relative to the nearest: exp(1 / temperature) overflows for small temperatures
         weights = np.exp((scores - scores[:, :1]) / temperature)
         ballot = np.arange(len(ids))[:, None] * classes + problem.reference_codes[ids]

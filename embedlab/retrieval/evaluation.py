@@ -13,8 +13,10 @@ from embedlab._machine import processor_name, versions
 from embedlab._types import Embeddings
 from embedlab.data.images import available_cores
 from embedlab.metrics import bootstrap_interval, knn_accuracy, retrieval_report
-from embedlab.retrieval.open_set import choose_templates, halve_identities, open_set_trial, take
+from embedlab.retrieval.open_set import Mask, choose_templates, halve_identities, open_set_trial, take
 from embedlab.retrieval.subjects import Reading, Subject, Where
+
+Values = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ class Plan:
         fpir: Promised false-positive identification rate of the trial.
         templates: Enrolled images per identity in the trial, without a reference.
         seed: Of all that is drawn.
+        degradations: Bad conditions under which the queries are measured again, see `embedlab.data.DEGRADATIONS`.
+        severities: Of the degradations, from 1 to 5.
 
     Raises:
         ValueError: An open-set trial without rows for its threshold.
@@ -48,6 +52,8 @@ class Plan:
     fpir: float = 0.05
     templates: int = 3
     seed: int = 0
+    degradations: Sequence[str] = ()
+    severities: Sequence[int] = (1, 2, 3, 4, 5)
 
     def __post_init__(self) -> None:
         if self.open_set and not self.calibrate_select:
@@ -142,21 +148,38 @@ def evaluate_retrieval(query: Embeddings, reference: Embeddings | None = None, *
     Returns:
         The figures; `intervals` are 95 %, by resampling identities.
     """
+    return retrieval_figures(query, reference, knn_k=knn_k)[0]
+
+
+def retrieval_figures(
+    query: Embeddings, reference: Embeddings | None = None, *, knn_k: int = 20, same_rows: bool = False
+) -> tuple[dict[str, Any], dict[str, Values]]:
+    """As `evaluate_retrieval`, with each figure's values per query.
+
+    Args:
+        query: See `evaluate_retrieval`.
+        reference: See `evaluate_retrieval`.
+        knn_k: See `evaluate_retrieval`.
+        same_rows: Row i of query and reference is the same picture, seen under other conditions: leave-one-out.
+    """
     labels = _labels(query, "query")
     others = (None, None) if reference is None else (reference.vectors, _labels(reference, "reference"))
-    report = retrieval_report(query.vectors, labels, *others)
+    numbers = np.arange(len(query))
+    report = retrieval_report(query.vectors, labels, *others, groups=(numbers, numbers) if same_rows else None)
     result = report.to_dict()
     if reference is None:
         result["knn_k"] = min(knn_k, len(query) - 1)
         result["knn_accuracy"] = knn_accuracy(query.vectors, labels, k=knn_k)
     else:
-        result["knn_k"] = min(knn_k, len(reference))
-        result["knn_accuracy"] = knn_accuracy(reference.vectors, others[1], query.vectors, labels, k=knn_k)
+        result["knn_k"] = min(knn_k, len(reference) - same_rows)
+        result["knn_accuracy"] = knn_accuracy(
+            reference.vectors, others[1], query.vectors, labels, k=knn_k, same_rows=same_rows
+        )
     result["identities"] = len(set(labels))
     result["intervals"] = {
         name: bootstrap_interval(values, labels) for name, values in report.per_query.items() if len(set(labels)) > 1
     }
-    return result
+    return result, report.per_query
 
 
 def evaluate_open_set(
@@ -178,6 +201,15 @@ def evaluate_open_set(
         templates: Enrolled images per identity, where there is no reference.
         seed: Of the halves and the templates.
     """
+    gallery, probing = trial_roles(query, strangers, reference, templates=templates, seed=seed)
+    trial = open_set_trial(gallery, take(query, probing), strangers, fpir=fpir)
+    return {**trial.to_dict(), "seed": seed, "templates": len(gallery)}
+
+
+def trial_roles(
+    query: Embeddings, strangers: Embeddings, reference: Embeddings | None, *, templates: int, seed: int
+) -> tuple[Embeddings, Mask]:
+    """The templates of the enrolled half, and which queries are probes; arguments as in `evaluate_open_set`."""
     labels = _labels(query, "query")
     shared = sorted(set(labels) & set(_labels(strangers, "calibration")))
     if shared:
@@ -188,11 +220,9 @@ def evaluate_open_set(
     enrolled, _ = halve_identities(labels, seed=seed)
     if reference is None:
         chosen = choose_templates(labels, enrolled, templates=templates, seed=seed)
-        gallery, probes = take(query, chosen), take(query, ~chosen)
-    else:
-        gallery = take(reference, [row for row, name in enumerate(_labels(reference, "reference")) if name in enrolled])
-        probes = query
-    return {**open_set_trial(gallery, probes, strangers, fpir=fpir).to_dict(), "seed": seed, "templates": len(gallery)}
+        return take(query, chosen), ~chosen
+    rows = [row for row, name in enumerate(_labels(reference, "reference")) if name in enrolled]
+    return take(reference, rows), np.ones(len(query), dtype=bool)
 
 
 def _labels(embeddings: Embeddings, name: str) -> list[str]:

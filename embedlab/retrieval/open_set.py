@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from embedlab.retrieval.gallery import Gallery
 
 Interval = tuple[float, float]
 Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
+Rates = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,12 @@ def evaluate_gallery(gallery: Gallery, probes: Embeddings) -> OpenSetReport:
     Raises:
         ValueError: An uncalibrated gallery, probes without labels, or none of anybody enrolled.
     """
+    report, _ = evaluate_identities(gallery, probes)
+    return report
+
+
+def evaluate_identities(gallery: Gallery, probes: Embeddings) -> tuple[OpenSetReport, dict[str, Rates]]:
+    """As `evaluate_gallery`, with each rate's values per identity, in the order of their names."""
     calibration = gallery.calibration
     if calibration is None:
         raise ValueError("The gallery is not calibrated, so it accepts nobody; run calibrate with strangers first.")
@@ -118,20 +126,21 @@ def evaluate_gallery(gallery: Gallery, probes: Embeddings) -> OpenSetReport:
     if not known.all():
         rates["observed_fpir"] = _per_identity(accepted[~known], labels[~known])
     means = {name: float(rate.mean()) for name, rate in rates.items()}
-    return OpenSetReport(
+    report = OpenSetReport(
         closed_set_accuracy=means["closed_set_accuracy"],
         detection_rate=means["detection_rate"],
         observed_fpir=means.get("observed_fpir"),
         target_fpir=calibration.fpir,
         threshold=calibration.threshold,
         bound=calibration.bound,
-        intervals={name: _interval(rate) for name, rate in rates.items()},
+        intervals={name: rate_interval(rate) for name, rate in rates.items()},
         enrolled=len(names),
         genuine_probes=int(known.sum()),
         strangers=len(set(labels[~known])),
         stranger_probes=int((~known).sum()),
         calibration_strangers=calibration.strangers,
     )
+    return report, rates
 
 
 def open_set_trial(
@@ -146,13 +155,22 @@ def open_set_trial(
         fpir: Target false-positive identification rate.
         fusion: See `Gallery.create`.
     """
+    with trial_gallery(enroll, strangers, fpir=fpir, fusion=fusion) as gallery:
+        return evaluate_gallery(gallery, probes)
+
+
+@contextmanager
+def trial_gallery(
+    enroll: Embeddings, strangers: Embeddings, *, fpir: float, fusion: str = "max"
+) -> Iterator[Gallery]:
+    """A calibrated gallery that is gone afterwards; arguments as in `open_set_trial`."""
     with (
         tempfile.TemporaryDirectory(prefix="embedlab-") as place,
         Gallery.create(Path(place) / "gallery", dim=enroll.vectors.shape[1], fusion=fusion) as gallery,
     ):
         gallery.enroll(embeddings=enroll)
         gallery.calibrate(embeddings=strangers, fpir=fpir)
-        return evaluate_gallery(gallery, probes)
+        yield gallery
 
 
 def take(embeddings: Embeddings, rows: Mask | Sequence[int]) -> Embeddings:
@@ -166,13 +184,13 @@ def take(embeddings: Embeddings, rows: Mask | Sequence[int]) -> Embeddings:
     )
 
 
-def _per_identity(values: Any, labels: Any) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _per_identity(values: Any, labels: Any) -> Rates:
     codes = np.unique(labels.astype(str), return_inverse=True)[1]
-    means: np.ndarray[tuple[int], np.dtype[np.float64]] = np.bincount(codes, weights=values) / np.bincount(codes)
+    means: Rates = np.bincount(codes, weights=values) / np.bincount(codes)
     return means
 
 
-def _interval(rates: Any) -> Interval:
+def rate_interval(rates: Any) -> Interval:
     """Over identities; where all are alike resampling says nothing, and the score interval of a share does."""
     if len(rates) < 2 or np.ptp(rates) == 0:
         return wilson_interval(float(rates.sum()), len(rates))

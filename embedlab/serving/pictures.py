@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
 from embedlab.retrieval.answers import Identification
+from embedlab.retrieval.robustness import figure_of
+
+if TYPE_CHECKING:
+    from embedlab.data import Source
+    from embedlab.encoders import Encoder
 
 RIGHT, WRONG, REFUSED = "#1a7f37", "#cf222e", "#57606a"
 MOST_ROWS = 24  # answers on one sheet
+_PALETTE = ("#0969da", "#9a6700", "#6e7781", "#8250df", "#cf222e", "#1a7f37")
 LONGEST_CAPTION = 22  # characters over a picture
 
 
@@ -198,3 +205,92 @@ def draw_map(
     axis.set(xticks=[], yticks=[], title=title)
     axis.legend(loc="upper left", fontsize=8, frameon=True)
     figure.savefig(path, dpi=110)
+
+
+def draw_robustness(path: str | Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw figures over severity: one panel per kind of degradation, one colour per encoder, its interval as a band.
+
+    Recall@1 is the solid line, and with an open-set trial detection the dashed and observed FPIR the dotted one.
+
+    Args:
+        path: PNG, SVG or PDF to write.
+        reports: Of `evaluate_robustness`, by the name of the encoder.
+    """
+    first = next(iter(reports.values()))
+    kinds = [name for name in first["means"] if name != "all"]
+    columns = min(4, len(kinds))
+    panels = math.ceil(len(kinds) / columns)
+    figure = Figure(figsize=(2.9 * columns, 2.5 * panels + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(panels, columns, sharex=True, sharey=True, squeeze=False)
+    for axis, kind in zip(axes.flat, kinds, strict=False):
+        for color, report in zip(_PALETTE, reports.values(), strict=False):
+            rows = [row for row in report["rows"] if row["degradation"] in ("clean", kind)]
+            severities = [row["severity"] for row in rows]
+            for name, line in (("recall_at_1", "-"), ("detection_rate", "--"), ("observed_fpir", ":")):
+                values = [figure_of(row, name) for row in rows]
+                if None in values:
+                    continue
+                axis.plot(severities, values, line, color=color, marker="o", markersize=2.5, linewidth=1.4)
+                if name == "recall_at_1":
+                    bands = [row["intervals"].get(name, (value, value)) for row, value in zip(rows, values, strict=True)]
+                    axis.fill_between(severities, *zip(*bands, strict=True), color=color, alpha=0.13, linewidth=0)
+        axis.set_title(kind.replace("_", " "), fontsize=9)
+        axis.grid(color="#d0d7de", linewidth=0.5)
+        axis.tick_params(labelsize=7)
+        axis.set(ylim=(0, 1), xlim=(0, None), xticks=range(6))
+    for axis in list(axes.flat)[len(kinds) :]:
+        axis.set_axis_off()
+    shown = [("recall@1", "-")]
+    if "open_set" in first["rows"][0]:
+        shown += [("detection", "--"), ("observed FPIR", ":")]
+    handles = [Line2D([], [], color=color, label=name) for color, name in zip(_PALETTE, reports, strict=False)]
+    handles += [Line2D([], [], color="black", linestyle=line, label=name) for name, line in shown]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.supxlabel("severity, 0 is clean", fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def draw_degradation_sheet(
+    path: str | Path,
+    source: Source,
+    encoder: Encoder,
+    *,
+    names: Sequence[str] | None = None,
+    severities: Sequence[int] = (1, 2, 3, 4, 5),
+    seed: int = 0,
+) -> None:
+    """Draw a contact sheet of what degradations do: kinds down, severities across, each row another picture.
+
+    Args:
+        path: PNG, SVG or PDF to write.
+        source: Pictures to choose from, spread evenly.
+        encoder: At whose input size they are shown.
+        names: See `embed_degraded`, as for the other two.
+        severities: From 1 to 5.
+        seed: Of the random numbers.
+    """
+    import torch
+
+    from embedlab.data.degradations import chosen_kinds, chosen_severities, degrade
+
+    kinds, levels = chosen_kinds(names), [0, *chosen_severities(severities)]
+    rows = np.linspace(0, len(source) - 1, len(kinds)).astype(np.int64)
+    pixels, rows, _ = source.read(
+        rows, encoder.image_size, channels=encoder.channels, how=encoder.fit, on_error="skip", skip_limit=1.0
+    )
+    figure = Figure(figsize=(1.25 * len(levels) + 0.5, 1.25 * len(kinds) + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(kinds), len(levels), squeeze=False)
+    for number, (row, kind) in enumerate(zip(axes, kinds, strict=True)):
+        place = slice(number % len(rows), number % len(rows) + 1)
+        images, index = torch.from_numpy(pixels[place]), torch.from_numpy(rows[place])
+        for axis, level in zip(row, levels, strict=True):
+            picture = degrade(images, index, kind, level, seed=seed)[0].permute(1, 2, 0).numpy()
+            axis.imshow(np.squeeze(picture), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.set_frame_on(False)
+        row[0].set_ylabel(kind.replace("_", " "), fontsize=8)
+    for axis, level in zip(axes[0], levels, strict=True):
+        axis.set_title(f"severity {level}" if level else "clean", fontsize=8)
+    figure.savefig(path, dpi=130)

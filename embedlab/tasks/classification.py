@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from embedlab._ops import gather
 from embedlab._types import Batch
 from embedlab.data import ImageData, Mix
-from embedlab.encoders import CosineHead, Encoder, LinearHead
+from embedlab.encoders import CosineHead, LinearHead
 from embedlab.methods import Method
-from embedlab.methods.base import decay_groups
+from embedlab.methods.base import backbone_or_encoder, decay_groups
 from embedlab.metrics import classification_report
 
 
@@ -51,9 +51,7 @@ class Classification(Method):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup: float = 0.1,
     ) -> None:
-        if (backbone is None) == (encoder is None):
-            raise ValueError("Classification takes either a backbone or a saved encoder to start from.")
-        start = None if encoder is None else Encoder.load(encoder)
+        start = backbone_or_encoder("Classification", backbone, encoder)
         super().__init__(start.backbone if start else backbone, optimizer=optimizer, warmup=warmup)  # type: ignore[arg-type]
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
         if mix is not None and not isinstance(self.loss, nn.CrossEntropyLoss):
@@ -66,9 +64,8 @@ class Classification(Method):
         self.frozen = freeze
         self.backbone_rate = backbone_rate
         self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._started_from = None if start is None else start.preprocessing
         if start is not None:
-            self.identities = start.identities
+            self.start_from(start)
         self.backbone.requires_grad_(not freeze)
 
     @property
@@ -84,14 +81,6 @@ class Classification(Method):
     def setup(self, stage: str) -> None:
         """Build the classifier for the data's classes."""
         data: ImageData = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self._started_from is not None:
-            ours = {name: list(data.preprocessing[name]) for name in ("mean", "std")}  # type: ignore[call-overload]
-            theirs = {name: list(self._started_from[name]) for name in ("mean", "std")}
-            if ours != theirs:
-                raise ValueError(
-                    f"The encoder was trained with {theirs}, the data are normalised with {ours}; set "
-                    "data.init_args.mean and std to the encoder's, or its features will be off."
-                )
         if unseen := data.class_names[data.num_classes :]:
             raise ValueError(
                 f"{len(unseen)} classes have no training image, first {unseen[:3]}: a classifier can only name "

@@ -1,0 +1,231 @@
+"""`embedlab evaluate --degradations`: the evaluation again with queries taken under bad conditions.
+
+A gallery is made in good conditions and asked in whatever conditions there are, so queries (probes) are degraded, and the
+reference, the templates and the strangers that set the threshold stay clean. Leave-one-out keeps to that: the queries
+search all other pictures in their clean version, their own left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from embedlab._types import Embeddings
+from embedlab.data import Source, open_source
+from embedlab.metrics import bootstrap_interval
+from embedlab.retrieval.evaluation import Evaluation, Plan, Values, retrieval_figures, table, trial_roles
+from embedlab.retrieval.open_set import evaluate_identities, rate_interval, take, trial_gallery
+from embedlab.retrieval.subjects import ReadingOptions
+
+if TYPE_CHECKING:
+    from embedlab.encoders import Encoder
+
+Condition = tuple[str, int]  # kind and severity
+CLEAN: Condition = ("clean", 0)
+FIGURES = {"recall_at_1": "recall@1", "detection_rate": "detection", "observed_fpir": "observed FPIR"}
+_CHUNK = 512  # images that are decoded at a time and degraded in all ways before the next
+
+
+def embed_degraded(
+    encoder: Encoder,
+    source: Source,
+    clean: Embeddings,
+    *,
+    names: Sequence[str] | None = None,
+    severities: Sequence[int] = (1, 2, 3, 4, 5),
+    seed: int = 0,
+    batch_size: int = 128,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    progress: bool = True,
+) -> dict[Condition, Embeddings]:
+    """Embed images under bad conditions, each image decoded once.
+
+    Images are degraded as the encoder sees them, decoded, made square and brought to its `image_size`: a severity then
+    means the same for a thumbnail and a photograph of twenty megapixels.
+
+    Args:
+        encoder: On the device where it computes.
+        source: Of the images.
+        clean: What the encoder made of them; its ids are rows of the source and choose the random numbers.
+        names: Kinds of `DEGRADATIONS`; None is all.
+        severities: From 1 to 5.
+        seed: Of the random numbers.
+        batch_size: Images per forward pass.
+        precision: See `Encoder.embed`.
+        progress: Show a bar on stderr when it takes longer than a second.
+
+    Returns:
+        For each kind and severity vectors in the order of `clean`, with its labels, ids and paths.
+
+    Raises:
+        ValueError: An unknown kind or severity.
+    """
+    import torch
+
+    from embedlab.data.degradations import chosen_kinds, chosen_severities, degrade
+
+    conditions = [(name, severity) for name in chosen_kinds(names) for severity in chosen_severities(severities)]
+    vectors = {condition: np.empty_like(clean.vectors) for condition in conditions}
+    with tqdm(
+        total=len(clean) * len(conditions), desc="degraded", unit="img", delay=1, disable=not progress
+    ) as bar:
+        for start in range(0, len(clean), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            pixels, _, _ = source.read(clean.ids[rows], encoder.image_size, channels=encoder.channels, how=encoder.fit)
+            images, index = torch.from_numpy(pixels), torch.from_numpy(clean.ids[rows])
+            for name, severity in conditions:
+                found = encoder.embed(
+                    degrade(images, index, name, severity, seed=seed),
+                    batch_size=batch_size,
+                    precision=precision,
+                    progress=False,
+                )
+                vectors[name, severity][rows] = found.vectors
+                bar.update(len(images))
+    return {condition: Embeddings(found, clean.labels, clean.ids, clean.paths) for condition, found in vectors.items()}
+
+
+def degraded_figures(found: Evaluation, plan: Plan, how: ReadingOptions) -> dict[str, Any]:
+    """What a plan's degradations make of an evaluation, see `evaluate_robustness`.
+
+    Raises:
+        ValueError: Vectors without their images and encoder; an unknown kind or severity.
+    """
+    encoder = found.subject.encoder
+    if encoder is None:
+        raise ValueError(f"{plan.path} holds vectors; --degradations needs images to degrade, and --encoder.")
+    clean = found.query.embeddings
+    degraded = embed_degraded(
+        encoder,
+        open_source(plan.path, select=plan.select),
+        clean,
+        names=plan.degradations,
+        severities=plan.severities,
+        seed=plan.seed,
+        batch_size=how.batch_size,
+        precision=how.precision,
+    )
+    return evaluate_robustness(
+        clean,
+        degraded,
+        None if found.reference is None else found.reference.embeddings,
+        found.subject.read(plan.path, plan.calibrate_select).embeddings if plan.open_set else None,
+        knn_k=plan.knn_k,
+        fpir=plan.fpir,
+        templates=plan.templates,
+        seed=plan.seed,
+    )
+
+
+def evaluate_robustness(
+    clean: Embeddings,
+    degraded: Mapping[Condition, Embeddings],
+    reference: Embeddings | None = None,
+    strangers: Embeddings | None = None,
+    *,
+    knn_k: int = 20,
+    fpir: float = 0.05,
+    templates: int = 3,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All figures of the evaluation for every kind and severity, and their means over severities.
+
+    Args:
+        clean: The queries in good conditions.
+        degraded: The same queries, row by row, by kind and severity; see `embed_degraded`.
+        reference: Clean; None is leave-one-out, where a query searches the clean versions of all others.
+        strangers: Clean; with them also the open-set trial, whose threshold they set once for all conditions.
+        knn_k: See `evaluate_retrieval`.
+        fpir: See `evaluate_open_set`, as for the other two.
+        templates: Per identity, of the clean queries where there is no reference; the others are the probes.
+        seed: Of the halves and templates.
+
+    Returns:
+        `rows`, the first one clean: `degradation`, `severity`, `strength`, `unit`, and the figures of
+        `evaluate_retrieval`, with `open_set` those of `evaluate_open_set`. `means`: per kind, and over all kinds under
+        "all", the mean over its severities; intervals are over identities here too, of each query's or identity's mean.
+    """
+    from embedlab.data.degradations import DEGRADATIONS
+
+    same_rows = reference is None
+    searched = clean if reference is None else reference
+    rows: list[dict[str, Any]] = []
+    values: dict[Condition, dict[str, Values]] = {}
+    conditions = {CLEAN: clean, **degraded}
+    for (name, severity), query in conditions.items():
+        figures, values[name, severity] = retrieval_figures(query, searched, knn_k=knn_k, same_rows=same_rows)
+        kind = DEGRADATIONS.get(name)
+        strength = {"strength": kind.strengths[severity - 1], "unit": kind.unit} if kind else {}
+        rows.append({"degradation": name, "severity": severity, **strength, **figures})
+    labels = np.asarray(clean.labels, dtype=object)
+    means = {
+        group: _mean([values[condition] for condition in members], labels)
+        for group, members in _groups(degraded).items()
+    }
+    if strangers is not None:
+        gallery, probing = trial_roles(clean, strangers, reference, templates=templates, seed=seed)
+        rates: dict[Condition, dict[str, Values]] = {}
+        with trial_gallery(gallery, strangers, fpir=fpir) as opened:
+            for row, (condition, query) in zip(rows, conditions.items(), strict=True):
+                trial, rates[condition] = evaluate_identities(opened, take(query, probing))
+                row["open_set"] = {**trial.to_dict(), "seed": seed, "templates": len(gallery)}
+        for group, members in _groups(degraded).items():
+            means[group]["open_set"] = _mean([rates[condition] for condition in members], None)
+    return {"rows": rows, "means": means}
+
+
+def _groups(conditions: Mapping[Condition, Any]) -> dict[str, list[Condition]]:
+    """Conditions of each kind, and all of them."""
+    names = dict.fromkeys(name for name, _ in conditions)
+    groups = {name: [condition for condition in conditions if condition[0] == name] for name in names}
+    return {**groups, "all": list(conditions)}
+
+
+def _mean(values: Sequence[Mapping[str, Values]], labels: np.ndarray[Any, Any] | None) -> dict[str, Any]:
+    """Means of figures whose values are per query (with labels), or per identity."""
+    result: dict[str, Any] = {"intervals": {}}
+    for name in values[0]:
+        each = np.mean([value[name] for value in values], axis=0)  # NaN where a query has no match in any condition
+        result[name] = float(np.nanmean(each))
+        if labels is None:
+            result["intervals"][name] = rate_interval(each)
+        elif len(set(labels[~np.isnan(each)])) > 1:
+            result["intervals"][name] = bootstrap_interval(each, labels)
+    return result
+
+
+def robustness_text(found: Sequence[Evaluation]) -> str:
+    """Tables for a terminal: for each subject and figure kinds down, severities across, and the mean with its interval."""
+    return "\n\n".join(
+        f"--- {one.subject.name}, degraded queries ---\n{_tables(one.figures['degraded'])}" for one in found
+    )
+
+
+def _tables(report: Mapping[str, Any]) -> str:
+    severities = sorted({row["severity"] for row in report["rows"] if row["severity"]})
+    parts = []
+    for figure, title in FIGURES.items():
+        found = {
+            (row["degradation"], row["severity"]): value
+            for row in report["rows"]
+            if (value := figure_of(row, figure)) is not None
+        }
+        if not found:
+            continue
+        lines: dict[str, dict[str, Any]] = {}
+        for name, mean in report["means"].items():
+            source = mean if figure in mean else mean["open_set"]
+            lines[name] = {str(severity): found.get((name, severity)) for severity in severities}
+            lines[name] |= {"mean": source[figure], "intervals": {"mean": source["intervals"].get(figure, (np.nan,) * 2)}}
+        columns = [str(severity) for severity in severities] + ["mean"]
+        parts.append(f"{title}, clean {found[CLEAN]:.3f}; by severity\n" + table(lines, columns))
+    return "\n\n".join(parts)
+
+
+def figure_of(row: Mapping[str, Any], name: str) -> float | None:
+    """One figure of a row, of the retrieval or of the open-set trial."""
+    value = row.get(name, row.get("open_set", {}).get(name))
+    return None if value is None else float(value)
