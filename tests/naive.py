@@ -721,3 +721,22 @@ def naive_resampled_verification(genuine, impostor, genuine_rows, impostor_rows,
         for rate in far:
             found[f"tar_at_{rate:g}"].append(max(1 - miss for accept, miss in points if accept <= rate + 1e-12))
     return {name: np.array(values) for name, values in found.items()}
+
+
+def naive_matches_of_others(query, reference, labels, *, knn_k: int, temperature: float = 0.1) -> tuple[float, float]:
+    """Recall@1 and weighted k-NN accuracy of row i among all reference rows but row i."""
+    right = votes = 0
+    for row in range(len(query)):
+        scores = {}
+        for other in range(len(reference)):
+            if other != row:
+                pairs = [(float(x), float(y)) for x, y in zip(query[row], reference[other], strict=True)]
+                norms = math.sqrt(sum(x * x for x, _ in pairs) * sum(y * y for _, y in pairs))
+                scores[other] = sum(x * y for x, y in pairs) / norms
+        ranked = sorted(scores, key=lambda other: -scores[other])
+        right += labels[ranked[0]] == labels[row]
+        ballot: dict[str, float] = {}
+        for other in ranked[:knn_k]:
+            ballot[labels[other]] = ballot.get(labels[other], 0.0) + math.exp(scores[other] / temperature)
+        votes += max(sorted(ballot), key=lambda name: ballot[name]) == labels[row]
+    return right / len(query), votes / len(query)

@@ -128,6 +128,23 @@ def test_an_overlay_goes_over_a_recipe(recipe, pictures, tmp_path, capsys) -> No
     assert config["model"]["class_path"].lower().endswith(recipe)
 
 
+def test_a_trained_encoder_is_tuned_on_degraded_pictures(run, pictures, tmp_path, capsys) -> None:
+    overlay = RECIPES / "overlays" / "degraded.yaml"
+    small = [option for option in SMALL if "backbone" not in option]
+    result = ask(
+        capsys,
+        *["fit", "-c", RECIPES / "supcon.yaml", "-c", overlay, f"--data.init_args.root={pictures}", *small],
+        *[f"--model.init_args.encoder={run / 'encoder'}", "--run", tmp_path / "tuned", "--trainer.max_steps=1"],
+    )
+    config = yaml.safe_load((tmp_path / "tuned" / "config.yaml").read_text())
+    assert config["data"]["init_args"]["degrade"]["probability"] == 0.5
+    assert config["model"]["init_args"]["backbone"] is None
+    before, after = Encoder.load(run / "encoder"), Encoder.load(result["encoder"])
+    assert before.architecture == after.architecture
+    assert before.fingerprint != after.fingerprint
+    assert before.identities <= after.identities
+
+
 def test_the_checkpoint_is_that_of_the_end_also_without_a_validation_there(pictures, tmp_path, capsys) -> None:
     epochs = ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2"]
     result = ask(

@@ -315,3 +315,32 @@ def test_the_monitor_is_silent_where_no_image_has_a_mate(tmp_path) -> None:
     run = trainer(tmp_path, max_epochs=1, callbacks=[Monitor()])
     run.fit(MetricLearning(net()), datamodule=data(root=pixels, split="column"))
     assert "val/recall@1" not in run.callback_metrics
+
+
+def test_metric_learning_goes_on_from_a_saved_encoder(tmp_path) -> None:
+    """Weights, whom they know, and the head where none is given."""
+    torch.manual_seed(1)
+    saved = Encoder(net(), MLPHead(8, norm="layer"), image_size=12, identities=["0123456789abcdef"]).eval()
+    saved.save(tmp_path / "encoder")
+    own, fresh = MLPHead(4, norm="layer"), torch.rand(3, 3, 12, 12)
+    again = MetricLearning(encoder=tmp_path / "encoder")
+    torch.testing.assert_close(again.eval()(fresh), saved.head(saved.backbone(fresh)))
+    assert MetricLearning(None, own, encoder=tmp_path / "encoder").head is own
+    slow = MetricLearning(encoder=tmp_path / "encoder", optimizer=lambda p: torch.optim.SGD(p, lr=1e-5))
+    run = trainer(tmp_path, max_epochs=1, callbacks=[SaveEncoder(tmp_path / "next")])
+    run.fit(slow, datamodule=data())
+    after = Encoder.load(tmp_path / "next")
+    torch.testing.assert_close(after.backbone(fresh), saved.backbone(fresh), rtol=0, atol=1e-2)
+    assert after.fingerprint != saved.fingerprint
+    assert saved.identities < after.identities, "those of before, and those of the data"
+
+
+def test_a_start_is_a_backbone_or_an_encoder_of_the_same_normalisation(tmp_path) -> None:
+    Encoder(net(), image_size=12, mean=[0.5] * 3, std=[0.5] * 3).save(tmp_path / "encoder")
+    for kind in (MetricLearning, Classification):
+        for arguments in ({}, {"backbone": net(), "encoder": tmp_path / "encoder"}):
+            with pytest.raises(ValueError, match=f"{kind.__name__} takes either a backbone or a saved encoder"):
+                kind(**arguments)
+        start, split = kind(encoder=tmp_path / "encoder"), data(split="sample", images_per_class=None)
+        with pytest.raises(ValueError, match=r"was trained with \{'mean': \[0.5, 0.5, 0.5\].*set data.init_args.mean"):
+            trainer(tmp_path, max_epochs=1).fit(start, datamodule=split)

@@ -157,9 +157,7 @@ class Degrade:
         views = views.clone()
         for number, name in enumerate(self.names):
             rows = ((random[:, 0] < self.probability) & (kind == number)).nonzero().squeeze(1)
-            some = degrade(
-                _to_bytes(views[rows]), index[rows], name, severity[rows], seed=seed, epoch=epoch, view=view
-            )
+            some = degrade(_to_bytes(views[rows]), index[rows], name, severity[rows], seed=seed, epoch=epoch, view=view)
             views[rows] = to_float(some)
         return views
 
@@ -246,12 +244,12 @@ def _low_light(images: Tensor, stops: float, draw: Draw) -> Tensor:
 
 
 def _haze(images: Tensor, transmission: float, draw: Draw) -> Tensor:
-    """Fog: the atmospheric scattering model J t + A (1 - t), t = exp(-beta depth), Narasimhan and Nayar 2002
-    (https://doi.org/10.1023/A:1016328200723).
+    """Fog by the atmospheric scattering model: J t + A (1 - t) with t = exp(-beta depth).
 
-    There is no depth map, so depth is made up: it grows from the lower edge (0.5) to the upper one (1.5), with a smooth
-    random relief of +-0.3. The strength is t at depth 1; the airlight A is a grey of 0.9.
-    """  # noqa: D205, D400, D415 - a formula does not fit one line
+    Narasimhan and Nayar 2002 (https://doi.org/10.1023/A:1016328200723). There is no depth map, so depth is made up: it
+    grows from the lower edge (0.5) to the upper one (1.5), with a smooth random relief of +-0.3. The strength is t at
+    depth 1; the airlight A is a grey of 0.9.
+    """
     height, width = images.shape[-2:]
     relief = F.interpolate(draw(16).view(-1, 1, 4, 4), (height, width), mode="bilinear", align_corners=True)
     up = 1.5 - (torch.arange(height, device=images.device) + 0.5) / height
@@ -260,9 +258,10 @@ def _haze(images: Tensor, transmission: float, draw: Draw) -> Tensor:
 
 
 def _jpeg(images: Tensor, quality: float, draw: Draw) -> Tensor:  # noqa: ARG001
-    """Coded by libjpeg with 4:2:0 colour at a quality of 1 to 100 (ImageNet-C's severities), channel by channel where
-    there are not three.
-    """  # noqa: D205
+    """Coded by libjpeg with 4:2:0 colour at some quality (ImageNet-C's severities).
+
+    Images that do not have three channels are coded channel by channel.
+    """
     colour = images.shape[1] == 3
     layers = _to_bytes(images).cpu()
     layers = layers.permute(0, 2, 3, 1) if colour else layers.flatten(0, 1)  # (n, H, W, 3) or (n C, H, W)
@@ -285,10 +284,12 @@ def _downscale(images: Tensor, share: float, draw: Draw) -> Tensor:  # noqa: ARG
 
 
 def _rain(images: Tensor, streaks: float, draw: Draw) -> Tensor:
-    """Bright, half-transparent streaks (the look of rain as in Garg and Nayar 2007,
-    https://doi.org/10.1007/s11263-006-0028-6): so many start in or just above the picture, all slanted alike by up to
-    20 degrees, a tenth to a fifth of the shorter side long and a hundredth wide, each of its own brightness.
-    """  # noqa: D205, D400, D415
+    """Bright, half-transparent streaks that look like rain.
+
+    Garg and Nayar 2007 (https://doi.org/10.1007/s11263-006-0028-6) say what rain looks like; this is far simpler. So
+    many streaks start in or just above the picture, all slanted alike by up to 20 degrees, a tenth to a fifth of the
+    shorter side long and a hundredth wide, each of its own brightness.
+    """
     height, width = images.shape[-2:]
     scale = _GRID / _shorter_side(images)
     down, across = max(1, round(height * scale)), max(1, round(width * scale))
@@ -313,10 +314,11 @@ def _rain(images: Tensor, streaks: float, draw: Draw) -> Tensor:
 
 
 def _occlusion(images: Tensor, area: float, draw: Draw) -> Tensor:
-    """Something in the way: a rectangle of one random colour covers a share of the area, in shape between 1:2 and 2:1
-    of the picture's own (as Random Erasing, Zhong et al. 2020, https://arxiv.org/abs/1708.04896). A larger one
-    contains the smaller ones.
-    """  # noqa: D205
+    """Something in the way: a rectangle of one random colour covers a share of the area.
+
+    Its shape is between 1:2 and 2:1 of the picture's own (as Random Erasing, Zhong et al. 2020,
+    https://arxiv.org/abs/1708.04896). A larger one contains the smaller ones.
+    """
     count, channels, height, width = images.shape
     random = draw(3 + channels)
     ratio = torch.exp(math.log(2) * (2 * random[:, 0] - 1))

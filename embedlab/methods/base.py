@@ -117,7 +117,7 @@ class Method(pl.LightningModule):
             )
         if isinstance(data, ImageData) and self.started_from is not None:
             ours, theirs = (
-                {name: list(found[name]) for name in ("mean", "std")}  # type: ignore[call-overload]
+                {name: list(found[name]) for name in ("mean", "std")}  # type: ignore[arg-type]
                 for found in (data.preprocessing, self.started_from)
             )
             if ours != theirs:

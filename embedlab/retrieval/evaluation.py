@@ -39,7 +39,7 @@ class Plan:
         severities: Of the degradations, from 1 to 5.
 
     Raises:
-        ValueError: An open-set trial without rows for its threshold.
+        ValueError: An open-set trial without rows for its threshold, an unknown degradation or severity.
     """
 
     path: str
@@ -60,6 +60,11 @@ class Plan:
             raise ValueError(
                 "--open-set needs --calibrate-select COLUMN=VALUE: identities, not tested, that set the threshold."
             )
+        if self.degradations:
+            from embedlab.data.degradations import chosen_kinds, chosen_severities  # not before it is needed: torch
+
+            chosen_kinds(self.degradations)  # an error now, not after the work
+            chosen_severities(self.severities)
 
 
 @dataclass(frozen=True, eq=False)

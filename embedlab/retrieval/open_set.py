@@ -160,9 +160,7 @@ def open_set_trial(
 
 
 @contextmanager
-def trial_gallery(
-    enroll: Embeddings, strangers: Embeddings, *, fpir: float, fusion: str = "max"
-) -> Iterator[Gallery]:
+def trial_gallery(enroll: Embeddings, strangers: Embeddings, *, fpir: float, fusion: str = "max") -> Iterator[Gallery]:
     """A calibrated gallery that is gone afterwards; arguments as in `open_set_trial`."""
     with (
         tempfile.TemporaryDirectory(prefix="embedlab-") as place,

@@ -1,8 +1,8 @@
 """`embedlab evaluate --degradations`: the evaluation again with queries taken under bad conditions.
 
-A gallery is made in good conditions and asked in whatever conditions there are, so queries (probes) are degraded, and the
-reference, the templates and the strangers that set the threshold stay clean. Leave-one-out keeps to that: the queries
-search all other pictures in their clean version, their own left out.
+A gallery is made in good conditions and asked in whatever conditions there are, so queries (probes) are degraded, and
+the reference, the templates and the strangers that set the threshold stay clean. Leave-one-out keeps to that: the
+queries search all other pictures in their clean version, their own left out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from embedlab.retrieval.subjects import ReadingOptions
 
 if TYPE_CHECKING:
     from embedlab.encoders import Encoder
+    from embedlab.retrieval.embedders import OnnxEmbedder
 
 Condition = tuple[str, int]  # kind and severity
 CLEAN: Condition = ("clean", 0)
@@ -30,7 +31,7 @@ _CHUNK = 512  # images that are decoded at a time and degraded in all ways befor
 
 
 def embed_degraded(
-    encoder: Encoder,
+    encoder: Encoder | OnnxEmbedder,
     source: Source,
     clean: Embeddings,
     *,
@@ -47,7 +48,7 @@ def embed_degraded(
     means the same for a thumbnail and a photograph of twenty megapixels.
 
     Args:
-        encoder: On the device where it computes.
+        encoder: On the device where it computes, or its exported file.
         source: Of the images.
         clean: What the encoder made of them; its ids are rows of the source and choose the random numbers.
         names: Kinds of `DEGRADATIONS`; None is all.
@@ -69,16 +70,14 @@ def embed_degraded(
 
     conditions = [(name, severity) for name in chosen_kinds(names) for severity in chosen_severities(severities)]
     vectors = {condition: np.empty_like(clean.vectors) for condition in conditions}
-    with tqdm(
-        total=len(clean) * len(conditions), desc="degraded", unit="img", delay=1, disable=not progress
-    ) as bar:
+    with tqdm(total=len(clean) * len(conditions), desc="degraded", unit="img", delay=1, disable=not progress) as bar:
         for start in range(0, len(clean), _CHUNK):
             rows = slice(start, start + _CHUNK)
             pixels, _, _ = source.read(clean.ids[rows], encoder.image_size, channels=encoder.channels, how=encoder.fit)
             images, index = torch.from_numpy(pixels), torch.from_numpy(clean.ids[rows])
             for name, severity in conditions:
                 found = encoder.embed(
-                    degrade(images, index, name, severity, seed=seed),
+                    degrade(images, index, name, severity, seed=seed).numpy(),
                     batch_size=batch_size,
                     precision=precision,
                     progress=False,
@@ -198,7 +197,7 @@ def _mean(values: Sequence[Mapping[str, Values]], labels: np.ndarray[Any, Any] |
 
 
 def robustness_text(found: Sequence[Evaluation]) -> str:
-    """Tables for a terminal: for each subject and figure kinds down, severities across, and the mean with its interval."""
+    """Tables for a terminal: one for each subject and figure, kinds down, severities across, and their mean."""
     return "\n\n".join(
         f"--- {one.subject.name}, degraded queries ---\n{_tables(one.figures['degraded'])}" for one in found
     )
@@ -219,7 +218,10 @@ def _tables(report: Mapping[str, Any]) -> str:
         for name, mean in report["means"].items():
             source = mean if figure in mean else mean["open_set"]
             lines[name] = {str(severity): found.get((name, severity)) for severity in severities}
-            lines[name] |= {"mean": source[figure], "intervals": {"mean": source["intervals"].get(figure, (np.nan,) * 2)}}
+            lines[name] |= {
+                "mean": source[figure],
+                "intervals": {"mean": source["intervals"].get(figure, (np.nan,) * 2)},
+            }
         columns = [str(severity) for severity in severities] + ["mean"]
         parts.append(f"{title}, clean {found[CLEAN]:.3f}; by severity\n" + table(lines, columns))
     return "\n\n".join(parts)

@@ -47,13 +47,13 @@ class Subject:
         name: Its row in the table.
         read: From PATH and the rows wanted to vectors.
         about: What the protocol says of it, such as the encoder's fingerprint.
-        encoder: Where it is one of ours.
+        encoder: What embeds; None for stored vectors.
     """
 
     name: str
     read: Callable[[str, Where | None], Reading]
     about: Mapping[str, Any] = field(default_factory=dict)
-    encoder: Encoder | None = None
+    encoder: Encoder | OnnxEmbedder | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ def encoder_subject(
         "batch_size": chosen.batch_size,
         "device": "cpu" if exported else str(placed.mean.device),
     }
-    return Subject(name, read, _with_digest(about), None if exported else placed)
+    return Subject(name, read, _with_digest(about), placed)
 
 
 def baseline_subjects(

@@ -20,6 +20,7 @@ from embedlab.retrieval.robustness import figure_of
 if TYPE_CHECKING:
     from embedlab.data import Source
     from embedlab.encoders import Encoder
+    from embedlab.retrieval.embedders import OnnxEmbedder
 
 RIGHT, WRONG, REFUSED = "#1a7f37", "#cf222e", "#57606a"
 MOST_ROWS = 24  # answers on one sheet
@@ -233,28 +234,33 @@ def draw_robustness(path: str | Path, reports: Mapping[str, Mapping[str, Any]]) 
                     continue
                 axis.plot(severities, values, line, color=color, marker="o", markersize=2.5, linewidth=1.4)
                 if name == "recall_at_1":
-                    bands = [row["intervals"].get(name, (value, value)) for row, value in zip(rows, values, strict=True)]
+                    bands = [
+                        row["intervals"].get(name, (value, value)) for row, value in zip(rows, values, strict=True)
+                    ]
                     axis.fill_between(severities, *zip(*bands, strict=True), color=color, alpha=0.13, linewidth=0)
         axis.set_title(kind.replace("_", " "), fontsize=9)
         axis.grid(color="#d0d7de", linewidth=0.5)
         axis.tick_params(labelsize=7)
         axis.set(ylim=(0, 1), xlim=(0, None), xticks=range(6))
+    for axis in axes[-1]:
+        axis.set_xlabel("severity, 0 is clean", fontsize=8)
     for axis in list(axes.flat)[len(kinds) :]:
         axis.set_axis_off()
-    shown = [("recall@1", "-")]
-    if "open_set" in first["rows"][0]:
-        shown += [("detection", "--"), ("observed FPIR", ":")]
     handles = [Line2D([], [], color=color, label=name) for color, name in zip(_PALETTE, reports, strict=False)]
-    handles += [Line2D([], [], color="black", linestyle=line, label=name) for name, line in shown]
+    handles += [Line2D([], [], color="black", linestyle="-", label="recall@1")]
+    if "open_set" in first["rows"][0]:
+        handles += [
+            Line2D([], [], color="black", linestyle="--", label="detection"),
+            Line2D([], [], color="black", linestyle=":", label="observed FPIR"),
+        ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    figure.supxlabel("severity, 0 is clean", fontsize=8)
     figure.savefig(path, dpi=130)
 
 
 def draw_degradation_sheet(
     path: str | Path,
     source: Source,
-    encoder: Encoder,
+    encoder: Encoder | OnnxEmbedder,
     *,
     names: Sequence[str] | None = None,
     severities: Sequence[int] = (1, 2, 3, 4, 5),

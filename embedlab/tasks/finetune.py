@@ -81,7 +81,7 @@ def finetune(
         backbone_rate=backbone_rate,
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=rate, weight_decay=weight_decay),
     )
-    model.identities = encoder.identities
+    model.start_from(encoder)
     trainer = pl.Trainer(
         max_steps=steps,
         devices=1,
