@@ -28,6 +28,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason=WHY)
 pytest.importorskip("onnxscript", reason=WHY)
 
 from embedlab.retrieval import OnnxEmbedder, read_embeddings, read_protocol  # noqa: E402 - after the skip
+from embedlab.retrieval.robustness import embed_degraded  # noqa: E402
 
 SUFFIX = {"onnx": ".onnx", "torch-export": ".pt2"}
 
@@ -424,6 +425,17 @@ def test_embed_and_evaluate_run_an_exported_file_like_its_encoder_and_without_to
         for key in ("encoder", "preprocessing", "precision"):
             assert its_protocol[key] == protocol[key]
         assert its_figures["recall_at_1"] == figures["recall_at_1"]
+
+
+def test_an_exported_file_minds_degradations_as_its_encoder_does(exported) -> None:
+    encoder, path, _ = exported
+    images = pictures(4, encoder).transpose(0, 2, 3, 1)
+    source = Source.from_arrays(np.ascontiguousarray(images), ["a", "a", "b", "b"])
+    both = []
+    for embedder in (encoder, OnnxEmbedder(path)):
+        (one,) = embed_degraded(embedder, source, embedder.embed(source), names=["haze"], severities=[3]).values()
+        both.append(one.vectors)
+    np.testing.assert_allclose(*both, atol=1e-5)
 
 
 def test_what_an_exported_file_cannot_do_says_so(exported, tmp_path, capsys) -> None:
