@@ -435,8 +435,8 @@ def as_embedder(embedder: Any) -> Embedder:
             return OnnxEmbedder(path)
         if not holds_embedder(path):
             raise ValueError(
-                f"{embedder} holds no saved encoder: no encoder.json and no model.onnx, and is no .onnx file. Encoder.save and "
-                "'embedlab export' make them."
+                f"{embedder} holds no saved encoder: no encoder.json and no model.onnx, and is no .onnx file. "
+                "Encoder.save and 'embedlab export' make them."
             )
         if (path / "model.onnx").is_file():
             return OnnxEmbedder.load(path)
