@@ -353,63 +353,109 @@ async def many_clients(application, count, key=None):
         return await asyncio.gather(*(client.post("/api/identify", content=image) for image in images))
 
 
-def kill_rounds(folder, rounds, seed=0):
-    """kill -9 under load, again and again: acknowledged enrollments stay, repeated ones add nothing.
+STEPS = {0: ["enroll"], 1: ["enroll", "rename"], 2: ["enroll", "remove"]}  # what comes of a person, by number % 3
+
+
+def send(server, step, person):
+    """One request under the key that belongs to it; (status, answer)."""
+    key = {"Idempotency_Key": f"{step} {person}"}
+    if step == "enroll":
+        return server.post(f"/api/enroll?label=p{person}", png(person), **key)
+    wanted = {"label": f"p{person}"} | ({"new_label": f"q{person}"} if step == "rename" else {})
+    return server.post(f"/api/{step}", json.dumps(wanted).encode(), Content_Type="application/json", **key)
+
+
+class Client:
+    """What clients have asked of a server that dies, and what it has answered."""
+
+    def __init__(self):
+        self.answers, self.lost, self.wrong = {}, {}, []  # by (step, person), in the order of the steps
+
+    def attempt(self, server, step, person):
+        """Ask once; an exception leaves the request among the lost."""
+        self.lost[step, person] = None
+        status, answer = send(server, step, person)
+        if status not in (200, 201):
+            self.wrong.append(("refused", step, person, status, answer))
+        self.answers[step, person] = answer
+        del self.lost[step, person]
+
+    def work(self, server, people, stop):
+        """All steps of some people, until the server is gone."""
+        with contextlib.suppress(OSError, ValueError, IndexError):  # killed, or half an answer
+            for person in people:
+                for step in STEPS[person % 3]:
+                    if stop.is_set():
+                        return
+                    self.attempt(server, step, person)
+
+    def expected(self):
+        """Templates that must be there: id to label."""
+        found = {}
+        for (step, person), answer in self.answers.items():
+            if step == "enroll":
+                found[person] = (answer["id"], f"p{person}")
+            else:
+                template, _ = found.pop(person)
+                found |= {person: (template, f"q{person}")} if step == "rename" else {}
+        return dict(found.values())
+
+
+def kill_rounds(folder, rounds, seed=0, options=()):
+    """kill -9 under load, again and again: what was acknowledged stays, and repeating it changes nothing.
 
     Returns:
-        Acknowledged enrollments, requests whose answer was lost, and how many of all are missing or double at the end.
+        Acknowledged requests, how many were tried again after a lost answer, and what is wrong at the end.
     """
-    generator = random.Random(seed)
-    acknowledged, lost, number, tried_again = {}, {}, 0, 0
+    generator, client, number, tried_again = random.Random(seed), Client(), 0, 0
     make_gallery(folder, 2, calibrated=False)
     for _ in range(rounds):
-        server = Server(folder).start()
-        for key, person in list(lost.items()):  # the client tries again
-            status, answer = server.post(f"/api/enroll?label=p{person}", png(person), Idempotency_Key=key)
-            assert status == 201, answer
-            acknowledged[key] = answer["id"]
-            del lost[key]
-            tried_again += 1
-        stop = threading.Event()
-
-        def client(numbers, server=server, stop=stop):
-            for each in numbers:
-                if stop.is_set():
-                    return
-                key = f"request {each}"
-                lost[key] = each
-                try:
-                    status, answer = server.post(f"/api/enroll?label=p{each}", png(each), Idempotency_Key=key)
-                except (OSError, ValueError, IndexError):  # killed, or half an answer
-                    return
-                if status == 201:
-                    acknowledged[key] = answer["id"]
-                    del lost[key]
-
-        clients = [
-            threading.Thread(target=client, args=(range(number + 50 * i, number + 50 * i + 50),)) for i in range(4)
-        ]
+        server, stop = Server(folder, *options).start(), threading.Event()
+        tried_again += len(client.lost)
+        for request in list(client.lost):
+            client.attempt(server, *request)
+        people = [range(number + 50 * i, number + 50 * i + 50) for i in range(4)]
+        threads = [threading.Thread(target=client.work, args=(server, part, stop)) for part in people]
         number += 200
-        for each in clients:
+        for each in threads:
             each.start()
         time.sleep(generator.uniform(0.01, 0.3))
         server.stop(kill=True)
         stop.set()
-        for each in clients:
+        for each in threads:
             each.join()
     with Server(folder) as server:
-        repeated = {
-            key: server.post(f"/api/enroll?label=p{key.split()[1]}", png(int(key.split()[1])), Idempotency_Key=key)[1][
-                "id"
-            ]
-            for key in [*acknowledged, *lost]
-        }
+        tried_again += len(client.lost)
+        for request in list(client.lost):
+            client.attempt(server, *request)
+        for request, answer in client.answers.items():
+            again = send(server, *request)[1]
+            if again != answer:
+                client.wrong.append(("other answer", request, answer, again))
     with Gallery.open(folder, embedder(), read_only=True) as gallery:
-        there = set(gallery.embeddings().ids.tolist())
-        counts = gallery.counts()
-    wrong = [key for key, template in acknowledged.items() if template not in there or repeated[key] != template]
-    wrong += [label for label, count in counts.items() if label.startswith("p") and label[1:].isdigit() and count != 1]
-    return len(acknowledged), tried_again, wrong
+        stored = gallery.embeddings()
+    rows = {pair for pair in zip(stored.ids.tolist(), stored.labels, strict=True) if pair[1][1:].isdigit()}
+    expected = set(client.expected().items())
+    client.wrong += [("lost", pair) for pair in expected - rows] + [("not asked for", pair) for pair in rows - expected]
+    return len(client.answers), tried_again, client.wrong
+
+
+def acknowledge_early():
+    """The planted bug: say that a template is enrolled a moment before it is."""
+    from embedlab.serving.app import Service
+
+    honest = Service._change
+    given = {}
+
+    async def early(self, work, *, refused):
+        if refused != 422:  # no enrollment
+            return await honest(self, work, refused=refused)
+        given[self] = given.get(self, self.gallery._store.meta().last_id) + 1
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.05, loop.run_in_executor, self._writing, work)
+        return [given[self]]
+
+    Service._change = early
 
 
 if __name__ == "__main__":
@@ -423,7 +469,10 @@ if __name__ == "__main__":
     parser.add_argument("--key-file", type=Path)
     parser.add_argument("--inbox", type=float)
     parser.add_argument("--read-only", action="store_true")
+    parser.add_argument("--early", action="store_true", help="the planted bug")
     chosen = parser.parse_args()
+    if chosen.early:
+        acknowledge_early()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     serve(
         chosen.folder,

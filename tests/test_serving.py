@@ -420,6 +420,47 @@ def test_repeated_requests_change_nothing(web, gallery):
     assert "Bea" not in gallery
 
 
+def test_what_was_done_under_a_key_is_known_after_a_restart(folder):
+    requests = [
+        ("/api/rename", {"label": "person 1", "new_label": "Ada"}, {"renamed": 2}),
+        ("/api/remove", {"label": "Ada"}, {"removed": 2}),
+        ("/api/remove", {"ids": [1]}, {"removed": 1}),
+    ]
+    for _ in range(2):  # the second time by a server that was started anew
+        with Gallery.open(folder, embedder()) as gallery, client(gallery) as web:
+            for number, (path, body, answer) in enumerate(requests):
+                found = web.post(path, json=body, headers={"idempotency-key": f"request {number}"})
+                assert (found.status_code, found.json()) == (200, answer)
+            assert (len(gallery), "Ada" in gallery) == (21, False)
+            other = web.post("/api/remove", json={"label": "person 2"}, headers={"idempotency-key": "request 0"})
+            assert other.status_code == 409
+            assert "changed 2 templates" in other.json()["detail"]
+            bad = web.post(
+                "/api/remove", json={"label": "person 2"}, headers={"idempotency-key": "\x81".encode("latin-1")}
+            )
+            assert (bad.status_code, bad.json()["detail"]) == (
+                422,
+                "An Idempotency-Key has 1 to 200 printable characters.",
+            )
+
+
+def test_a_removal_that_was_cut_off_before_its_purge_is_purged_when_it_is_repeated(folder, monkeypatch):
+    from embedlab.retrieval.store import Store
+
+    with Gallery.open(folder, embedder()) as gallery:
+        vector = gallery.embeddings().vectors[0].tobytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "erase_traces", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                gallery.remove("person 0", purge=True, key="x")
+    with Gallery.open(folder, embedder()) as gallery:
+        assert gallery.remove("person 0", purge=True, key="x") == 2
+        assert not any(vector in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+        with pytest.raises(ValueError, match="under the key 'x': it changed 2 templates"):
+            gallery.rename("person 1", "person 99", key="x")
+        assert gallery.rename("person 1", "person 99", key="y") == gallery.rename("person 1", "person 99", key="y") == 2
+
+
 def test_the_same_request_at_the_same_time_adds_one(web, gallery):
     with ThreadPoolExecutor(8) as pool:
         made = list(
@@ -661,10 +702,20 @@ def test_who_never_finishes_a_head_is_dropped(folder):
 def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path, rounds):
     acknowledged, again, wrong = harness.kill_rounds(tmp_path / "door", rounds)
     print(
-        f"{rounds} kills: {acknowledged} enrollments acknowledged, {again} of them on a second try, {len(wrong)} wrong"
+        f"{rounds} kills: {acknowledged} enrollments, renamings and removals acknowledged, {again} on a second try, "
+        f"{len(wrong)} wrong"
     )
     assert acknowledged > 0
-    assert not wrong
+    assert not wrong, wrong[:5]
+
+
+def test_a_server_that_acknowledges_before_the_commit_is_found(tmp_path):
+    wrong = []
+    for chance in range(4):  # a kill may fall where nothing is on its way
+        wrong += harness.kill_rounds(tmp_path / str(chance) / "door", 2, seed=chance, options=["--early"])[2]
+        if wrong:
+            break
+    assert any(kind == "lost" for kind, *_ in wrong)
 
 
 def test_serving_loads_nothing_heavy():

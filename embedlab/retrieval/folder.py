@@ -22,7 +22,7 @@ from embedlab.retrieval.answers import CheckReport
 from embedlab.retrieval.calibration import Calibration
 from embedlab.retrieval.cohort import Cohort
 from embedlab.retrieval.embedders import Embedder, as_embedder, holds_embedder
-from embedlab.retrieval.gallery import Enrollment, Gallery, Normalisation, References, references_of
+from embedlab.retrieval.gallery import Enrollment, Gallery, Normalisation, References, Request, references_of
 from embedlab.retrieval.inputs import require_dim
 from embedlab.retrieval.search import Index
 from embedlab.retrieval.snapshot import Snapshot
@@ -171,33 +171,49 @@ class FolderGallery(Gallery):
                 publish(lambda: now.appended(Contents(meta, ids, names, notes, vectors, 0)))
         return ids
 
-    def _take_out(self, wanted: list[Any], kind: Literal["label", "id"], *, purge: bool) -> int:
+    def _take_out(
+        self, wanted: list[Any], kind: Literal["label", "id"], *, purge: bool, request: Request | None
+    ) -> int:
         with self._mutex:
-            now = self._now()
-            self._require_present(now, wanted, kind)
-            if not wanted:
-                return 0
-            if kind == "label":
-                keep = ~np.isin(now.codes, [code for label in wanted if (code := now.code_of(label)) is not None])
-            else:
-                keep = ~np.isin(now.ids, wanted)
-            with self._changing() as (meta, now, publish):
-                self._store.delete(meta, now.ids[~keep])
-                publish(lambda: now.kept(meta, keep))
-            if purge:
+            done = self._done(request)
+            count = self._remove(wanted, kind, request) if done is None else done[1]
+            if purge and count:
                 self._forget_index()
                 self._store.erase_traces()
-            return int((~keep).sum())
+            return count
 
-    def _relabel(self, old: str, new: str, *, merging: bool) -> int:
+    def _remove(self, wanted: list[Any], kind: Literal["label", "id"], request: Request | None) -> int:
+        now = self._now()
+        self._require_present(now, wanted, kind)
+        if not wanted:
+            return 0
+        if kind == "label":
+            keep = ~np.isin(now.codes, [code for label in wanted if (code := now.code_of(label)) is not None])
+        else:
+            keep = ~np.isin(now.ids, wanted)
+        gone = now.ids[~keep]
+        with self._changing() as (meta, now, publish):
+            self._store.delete(meta, gone)
+            self._remember(meta, request, len(gone))
+            publish(lambda: now.kept(meta, keep))
+        return len(gone)
+
+    def _relabel(self, old: str, new: str, *, merging: bool, request: Request | None = None) -> int:
         with self._mutex:
+            if done := self._done(request):
+                return done[1]
             now = self._now()
             self._check_relabelling(now, old, new, merging=merging)
             ids = now.ids[now.codes == now.code_of(old)]
             with self._changing() as (meta, now, publish):
                 self._store.relabel(meta, ids, new)
+                self._remember(meta, request, len(ids))
                 publish(lambda: now.relabelled(meta, old, new))
             return len(ids)
+
+    def _remember(self, meta: Meta, request: Request | None, templates: int) -> None:
+        if request is not None:
+            self._store.remember(meta, request[0], 0, templates, request[1])
 
     def _configured(self, settings: dict[str, Any], search: dict[str, Any], wanted: Normalisation) -> None:
         old = self._now().meta

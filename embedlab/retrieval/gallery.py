@@ -51,6 +51,7 @@ from embedlab.retrieval.store import About, GalleryError
 logger = logging.getLogger("embedlab")
 
 References = list[tuple[bytes, Vectors]]
+Request = tuple[str, bytes]  # its key, and the digest that tells a repetition from another request
 
 
 @dataclass(frozen=True)
@@ -382,6 +383,7 @@ class Gallery(ABC):
         *,
         ids: Sequence[int] | Ids | None = None,
         purge: bool = False,
+        key: str | None = None,
     ) -> int:
         """Remove identities with all their templates, or single templates.
 
@@ -391,27 +393,37 @@ class Gallery(ABC):
             purge: Also write the database anew and empty the write-ahead log and the cache before returning, so that
                 no file of the gallery holds the vectors or thumbnails any more; takes as long, and as much disk, as
                 `compact`. Backups, and blocks that the file system has given back, are out of reach.
+            key: Name of this request. Repeating it under the same key removes nothing more and returns the first
+                answer; with `purge` the files are purged again, since the first time may have been cut off before.
 
         Returns:
             Templates removed.
 
         Raises:
-            ValueError: Something is not in the gallery; nothing is removed.
+            ValueError: Something is not in the gallery, or another request was made under the key; nothing is removed.
             GalleryError: Traces remain, in the files that it names, because a reader kept the log in use for 5 s or a
                 cache could not be deleted; the removal itself stands.
         """
         if (labels is None) == (ids is None):
             raise ValueError("remove takes either labels or ids.")
         kind: Literal["label", "id"] = "id" if labels is None else "label"
-        return self._take_out(unique(ids if labels is None else labels, kind), kind, purge=purge)
+        self._require_writable()
+        wanted = unique(ids if labels is None else labels, kind)
+        return self._take_out(wanted, kind, purge=purge, request=_request(key, "remove", kind, wanted))
 
-    def rename(self, old: str, new: str) -> int:
+    def rename(self, old: str, new: str, *, key: str | None = None) -> int:
         """Give an identity another name that is not in use; returns its templates.
 
+        Args:
+            old: Its name.
+            new: The other one.
+            key: Name of this request; repeating it under the same key changes nothing and returns the first answer.
+
         Raises:
-            ValueError: `old` is not enrolled or `new` is.
+            ValueError: `old` is not enrolled, `new` is, or another request was made under the key.
         """
-        return self._relabel(old, new, merging=False)
+        self._require_writable()
+        return self._relabel(old, new, merging=False, request=_request(key, "rename", old, new))
 
     def merge(self, source: str, into: str) -> int:
         """Give all templates of one identity to another; returns how many.
@@ -751,19 +763,29 @@ class Gallery(ABC):
             )
 
     def _repeated(self, key: str, content: bytes) -> Ids | None:
-        checked_key(key)
+        """Ids that an enrollment under this key has given out, if it was made before."""
+        known = self._done((checked_key(key), content))
+        return None if known is None else np.arange(known[0], sum(known), dtype=np.int64)
+
+    def _done(self, request: Request | None) -> tuple[int, int] | None:
+        """First new id (0 for none) and number of templates of the same request, if it was made before."""
+        if request is None:
+            return None
         self._require_open()
+        key, content = request
         with self._mutex:  # what another thread is writing may still be undone
             known = self._recall(key)
         if known is None:
             return None
         first, templates, before = known
         if before != content:
-            raise ValueError(
-                f"Another request was made under the key {key!r}: it added the templates {first} to "
-                f"{first + templates - 1}. A key names one request; use a new one."
+            did = (
+                f"added the templates {first} to {first + templates - 1}" if first else f"changed {templates} templates"
             )
-        return np.arange(first, first + templates, dtype=np.int64)
+            raise storage.AnotherRequest(
+                f"Another request was made under the key {key!r}: it {did}. A key names one request; use a new one."
+            )
+        return first, templates
 
     def _require_present(self, now: Templates, wanted: Sequence[Any], kind: Literal["label", "id"]) -> None:
         known = now.known(wanted, kind)
@@ -879,12 +901,14 @@ class Gallery(ABC):
         """Enroll what has been checked, unless its key is known."""
 
     @abstractmethod
-    def _take_out(self, wanted: list[Any], kind: Literal["label", "id"], *, purge: bool) -> int:
-        """Remove labels or ids, all or none."""
+    def _take_out(
+        self, wanted: list[Any], kind: Literal["label", "id"], *, purge: bool, request: Request | None
+    ) -> int:
+        """Remove labels or ids, all or none, unless the request is done; a purge is repeated."""
 
     @abstractmethod
-    def _relabel(self, old: str, new: str, *, merging: bool) -> int:
-        """Give the templates of one label another; checked by `_check_relabelling`."""
+    def _relabel(self, old: str, new: str, *, merging: bool, request: Request | None = None) -> int:
+        """Give the templates of one label another, unless the request is done; checked by `_check_relabelling`."""
 
     @abstractmethod
     def _configured(self, settings: dict[str, Any], search: dict[str, Any], wanted: Normalisation) -> None:
@@ -906,6 +930,11 @@ def _kind(_place: str | Path) -> type[Gallery]:
     from embedlab.retrieval.folder import FolderGallery
 
     return FolderGallery
+
+
+def _request(key: str | None, *content: Any) -> Request | None:
+    """A request that names its parts, as far as it has a name."""
+    return None if key is None else (checked_key(key), storage.content_digest(json.dumps(content).encode()))
 
 
 def _paths(images: Any, embeddings: Any) -> list[str] | None:

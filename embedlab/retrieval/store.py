@@ -60,6 +60,10 @@ class GalleryDamaged(GalleryError):
     """The files of a gallery are not what was last acknowledged."""
 
 
+class AnotherRequest(ValueError):
+    """A key names one request, and another came under it."""
+
+
 @dataclass
 class About:
     """Facts about a gallery, wherever it lies.
@@ -361,7 +365,7 @@ class Store:
             meta.exchange([row[2], changed])
 
     def remember(self, meta: Meta, key: str, first_id: int, templates: int, content: bytes) -> None:
-        """Note an idempotency key with what came of it, inside `writing`."""
+        """Note an idempotency key with what came of it, inside `writing`; `first_id` is 0 where nothing was added."""
         _insert(self._connection, meta, "request", [(key, first_id, templates, content)])
 
     def recall(self, key: str) -> tuple[int, int, bytes] | None:

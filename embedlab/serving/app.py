@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -30,7 +28,8 @@ import embedlab
 from embedlab._types import Neighbours, Vectors
 from embedlab.data.images import ImageError, fit_image, image_pixels
 from embedlab.retrieval import Calibration, Gallery, GalleryError
-from embedlab.retrieval.inputs import LONGEST_LABEL, checked_labels
+from embedlab.retrieval.inputs import LONGEST_LABEL, checked_key, checked_labels
+from embedlab.retrieval.store import AnotherRequest
 from embedlab.serving.batching import Batcher
 from embedlab.serving.gate import LOOPBACK, Gate, Refusal, busy
 from embedlab.serving.inbox import Inbox
@@ -42,7 +41,6 @@ MAX_BODY = 10_000_000  # bytes
 AT_ONCE = 64  # images being decoded, embedded or written; the next one gets 503
 MOST_PIXELS = 50_000_000  # of one image, 150 MB in memory
 MOST_PICTURED = 100_000  # templates; beyond, the list of identities comes without pictures
-MOST_ANSWERS = 10_000  # remembered for repeated requests
 ALIKE = 0.5  # cosine from which strangers are grouped where the gallery's threshold is none
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")  # fewer than from files: each decoder is a door
 PAGE = {
@@ -312,7 +310,6 @@ class Service:
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="embedlab-write")
         self._batcher = Batcher(lambda images: gallery.embed(images).vectors)
         self._images = 0  # being worked on
-        self._answers: OrderedDict[str, tuple[bytes, Any]] = OrderedDict()
         self._attempts = Attempts(verify_per_minute)
         self._pictured: tuple[int, dict[str, int]] = (-1, {})
         self.inbox = None if inbox_days is None else Inbox(gallery.folder, inbox_days)
@@ -499,57 +496,45 @@ class Service:
         """Add a template; durable when this returns, and repeated under one key it adds one."""
         self._require_writable()
         _require_label(label)
+        _require_key(key)
         with self.place():
             whole, _ = await self.decoded(content)
-            try:
-                ids = await self._write(lambda: self.gallery.enroll(images=whole[None], labels=[label], key=key))
-            except ValueError as error:
-                raise Refusal(409 if key else 422, str(error)) from None
+            ids = await self._change(
+                lambda: self.gallery.enroll(images=whole[None], labels=[label], key=key), refused=422
+            )
         return Enrolled(id=int(ids[0]), label=label)
 
     async def remove(self, wanted: Removal, key: str | None) -> Removed:
         """Remove an identity or templates, and erase them from the files."""
         self._require_writable()
+        _require_key(key)
         if (wanted.label is None) == (wanted.ids is None):
             raise Refusal(422, "Name either a label or ids.")
 
-        def act() -> int:
-            return self.gallery.remove(labels=wanted.label, ids=wanted.ids, purge=True)
-
-        return Removed(removed=await self._once(key, "remove", wanted, act, refused=404))
+        removed = await self._change(
+            lambda: self.gallery.remove(labels=wanted.label, ids=wanted.ids, purge=True, key=key), refused=404
+        )
+        return Removed(removed=removed)
 
     async def rename(self, wanted: Renaming, key: str | None) -> Renamed:
         """Give an identity another name."""
         self._require_writable()
         _require_label(wanted.new_label)
+        _require_key(key)
         absent = wanted.label not in self.gallery
+        renamed = await self._change(
+            lambda: self.gallery.rename(wanted.label, wanted.new_label, key=key), refused=404 if absent else 409
+        )
+        return Renamed(renamed=renamed)
 
-        def act() -> int:
-            return self.gallery.rename(wanted.label, wanted.new_label)
-
-        return Renamed(renamed=await self._once(key, "rename", wanted, act, refused=404 if absent else 409))
-
-    async def _once(self, key: str | None, verb: str, wanted: BaseModel, act: Callable[[], int], refused: int) -> int:
-        """Act, or give the answer that the same request got before."""
-        content = hashlib.blake2b(f"{verb} {wanted.model_dump_json()}".encode()).digest()
-
-        def turn() -> int:  # one at a time, in the writing thread
-            if key is not None and key in self._answers:
-                before, answer = self._answers[key]
-                if before != content:
-                    raise Refusal(409, "Another request was made under this Idempotency-Key; a key names one request.")
-                return int(answer)
-            try:
-                answer = act()
-            except ValueError as error:
-                raise Refusal(refused, str(error)) from None
-            if key is not None:
-                self._answers[key] = (content, answer)
-                if len(self._answers) > MOST_ANSWERS:
-                    self._answers.popitem(last=False)
-            return answer
-
-        return await self._write(turn)
+    async def _change(self, work: Callable[[], Result], *, refused: int) -> Result:
+        """Change the gallery, which refuses what does not fit it with this status."""
+        try:
+            return await self._write(work)
+        except AnotherRequest as error:
+            raise Refusal(409, str(error)) from None
+        except ValueError as error:
+            raise Refusal(refused, str(error)) from None
 
     async def _write(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._writing, work)
@@ -592,10 +577,7 @@ class Service:
         inbox = self._require_inbox()
         self._require_writable()
         _require_label(wanted.label)
-        try:
-            await self._write(lambda: inbox.name(self.gallery, wanted.ids, wanted.label))
-        except ValueError as error:
-            raise Refusal(409, str(error)) from None
+        await self._change(lambda: inbox.name(self.gallery, wanted.ids, wanted.label), refused=409)
         return Done(probes=len(wanted.ids))
 
     async def dismiss_strangers(self, wanted: Dismissal) -> Done:
@@ -786,6 +768,15 @@ def _require_label(label: str) -> None:
         label.encode()
     except ValueError:
         raise Refusal(422, f"A label has 1 to {LONGEST_LABEL} printable characters.") from None
+
+
+def _require_key(key: str | None) -> None:
+    try:
+        if key is not None:
+            checked_key(key)
+            key.encode()
+    except ValueError:
+        raise Refusal(422, "An Idempotency-Key has 1 to 200 printable characters.") from None
 
 
 async def _refused(_request: Request, error: Exception) -> JSONResponse:
