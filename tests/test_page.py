@@ -169,6 +169,54 @@ def test_everything_is_reached_by_keyboard(open_page):
     assert page.evaluate(f"{nameless} && !e.ariaLabel && !e.textContent.trim()).length") == 0
 
 
+def test_enrolling_taking_back_and_removing_by_keyboard_alone(open_page):
+    page = open_page()
+    page.clock.install()
+    show(page, png(777))
+    expect(page.locator("#decision")).to_have_text("Unknown")
+
+    def tab_to(selector):
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            if page.evaluate(f"document.activeElement.matches('{selector}')"):
+                return
+        raise AssertionError(f"{selector} is not reached")
+
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#look")).to_be_focused()
+    tab_to("#name")
+    page.keyboard.type("Vera Rubin")
+    page.keyboard.press("Enter")
+    expect(page.locator("#undo")).to_be_focused()
+    page.clock.fast_forward(60_000)  # however long one takes
+    expect(page.locator("#toast")).to_be_visible()
+    page.keyboard.press("Enter")
+    expect(page.locator("#toast-text")).to_have_text("Taken back")
+    expect(page.locator("#choose")).to_be_focused()
+    page.clock.fast_forward(10_000)
+    expect(page.locator("#toast")).to_be_hidden()
+
+    ada = '[aria-label="Remove Ada Lovelace"]'
+    tab_to(ada)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Cancel")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator(ada)).to_be_focused()
+    expect(page.locator("#total")).to_have_text("12")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#total")).to_have_text("11")
+    expect(page.locator("#filter")).to_be_focused()
+
+    tab_to("#clusters input")
+    page.keyboard.type("Vera Rubin")
+    page.keyboard.press("Enter")
+    expect(page.locator("#strangers")).to_be_focused()
+    expect(page.locator("#total")).to_have_text("12")
+
+
 def test_the_key_is_asked_for(browser, tmp_path):
     key = tmp_path / "key"
     key.write_text("correct horse battery\n".replace(" ", "-"))

@@ -274,6 +274,8 @@ def test_read_only_changes_nothing(folder):
         assert web.post("/api/rename", json={"label": "person 1", "new_label": "b"}).status_code == 403
         assert web.post("/api/identify", content=png(1)).json()["label"] == "person 1"
         assert web.get("/api/gallery").json()["read_only"] is True
+        with pytest.raises(ValueError, match="--inbox and --read-only do not go together"):
+            create_app(gallery, read_only=True, inbox_days=1)
 
 
 # ---- bodies --------------------------------------------------------------------------------------------------------

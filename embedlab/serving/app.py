@@ -272,7 +272,7 @@ def create_app(
         verify_per_minute: Attempts to verify one label.
 
     Raises:
-        ValueError: A gallery of ready-made vectors.
+        ValueError: A gallery of ready-made vectors, or an inbox with `read_only`.
     """
     service = Service(gallery, read_only=read_only, inbox_days=inbox_days, verify_per_minute=verify_per_minute)
     app = FastAPI(
@@ -301,6 +301,11 @@ class Service:
     """
 
     def __init__(self, gallery: Gallery, *, read_only: bool, inbox_days: float | None, verify_per_minute: int) -> None:
+        if read_only and inbox_days is not None:
+            raise ValueError(
+                "An inbox is written to, so that --inbox and --read-only do not go together; give --inbox to the "
+                "server that writes."
+            )
         self.gallery = gallery
         self.read_only = read_only
         self._pictures = bool(gallery.info()["thumbnails"])

@@ -84,8 +84,15 @@ function toast(text, undo) {
   $("undo").hidden = !undo;
   $("undo").onclick = undo ?? null;
   $("toast").hidden = false;
+  if (undo) $("undo").focus(); // by keyboard it is far away, and it stays as long as it has the focus
+  else hideToastSoon();
+}
+function hideToastSoon() {
+  clearTimeout(toastTimer);
   toastTimer = setTimeout(() => { $("toast").hidden = true; }, 9000);
 }
+$("undo").onfocus = () => clearTimeout(toastTimer);
+$("undo").onblur = hideToastSoon;
 
 function complain(error) {
   $("notice").textContent = error instanceof TypeError ? "The server cannot be reached. Is it running?" : error.message;
@@ -93,6 +100,7 @@ function complain(error) {
 }
 
 async function trying(work, ...buttons) {
+  const focused = document.activeElement;
   $("notice").hidden = true;
   for (const button of buttons) button.disabled = true;
   try {
@@ -101,6 +109,7 @@ async function trying(work, ...buttons) {
     complain(error);
   } finally {
     for (const button of buttons) button.disabled = false;
+    if (document.activeElement === document.body && focused?.checkVisibility()) focused.focus(); // lost while disabled
   }
 }
 
@@ -262,6 +271,7 @@ $("enroll").onsubmit = (event) => {
       await post("api/remove", { ids: [made.id] });
       toast("Taken back");
       await refresh();
+      $("choose").focus();
     }, $("undo")));
     await refresh();
   }, event.submitter);
@@ -285,7 +295,7 @@ async function remove(identity, button) {
     await post("api/remove", { label: identity.label });
     toast(`Removed ${identity.label}`);
     await refresh();
-    $("filter").focus();
+    $($("filter").hidden ? "choose" : "filter").focus();
   }, button);
 }
 
@@ -400,7 +410,6 @@ function clusterRow(cluster) {
   const enroll = element("button", "primary", "Enroll");
   const dismiss = element("button", "", "Dismiss");
   dismiss.type = "button";
-  enroll.hidden = name.hidden = about.read_only;
   row.append(name, enroll, dismiss);
   form.append(row);
   form.onsubmit = (event) => {
@@ -409,11 +418,13 @@ function clusterRow(cluster) {
       await post("api/inbox/name", { ids: cluster.ids.slice(0, 1000), label: name.value.trim() });
       toast(`Enrolled ${cluster.ids.length} as ${name.value.trim()}`);
       await refresh();
+      $("strangers").focus();
     }, enroll);
   };
   dismiss.onclick = () => trying(async () => {
     await post("api/inbox/dismiss", { ids: cluster.ids.slice(0, 1000) });
     await loadStrangers();
+    $("strangers").focus();
   }, dismiss);
   const images = cluster.ids.length === 1 ? "1 image" : `${cluster.ids.length} images`;
   item.append(pictures, element("p", "quiet", `${images}, last ${new Date(1000 * cluster.seen).toLocaleString()}`), form);
