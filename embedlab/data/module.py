@@ -20,6 +20,7 @@ from embedlab.data.images import SKIP_LIMIT, Fit, OnError, report_skipped
 from embedlab.data.samplers import BalancedBatches, EvaluationBatches, ResumableLoader, ShuffledBatches
 from embedlab.data.sources import Source, open_source
 from embedlab.data.splits import split_by_class, split_by_group, split_by_sample, write_split
+from embedlab.data.variants import ClassVariants
 from embedlab.data.views import FixedViews, PerImage, Views, WholeBatch, color_statistics, keyed_views, to_float
 
 log = logging.getLogger("embedlab")
@@ -37,6 +38,8 @@ class ImageBatches(Dataset[Batch]):
         fit: How images become square.
         on_error: What an unreadable file does.
         cache_gib: Up to this many GiB are kept in memory.
+        variants: Classes made of each class. Samples are then numbered through: number row * count + variant, and so
+            are `index` and, with the class in place of the row, the labels.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class ImageBatches(Dataset[Batch]):
         fit: Fit = "crop",
         on_error: OnError = "stop",
         cache_gib: float = 4.0,
+        variants: ClassVariants | None = None,
     ) -> None:
         self.source = source
         self.rows = rows
@@ -63,6 +67,24 @@ class ImageBatches(Dataset[Batch]):
         if len(rows) * channels * image_size**2 <= cache_gib * 2**30:
             images, self.rows = self._decode(rows)
             self.cache = torch.from_numpy(images)
+        self.variants = variants
+        if variants is not None:
+            self._number_members(cache_gib)
+
+    def _number_members(self, cache_gib: float) -> None:
+        """Where the images of each class are in the cache, and which of its class each image is."""
+        if self.numbers is None:
+            raise ValueError("The data has no labels, but variants are made of classes.")
+        if self.cache is None:
+            raise ValueError(
+                f"variants are made from the cache, and {len(self.rows)} images do not fit into cache_gib={cache_gib}; "
+                "raise it, lower decode_size, or leave the variants out."
+            )
+        numbers = self.numbers[self.rows]
+        self._members = {int(number): np.flatnonzero(numbers == number) for number in np.unique(numbers)}
+        self._place = np.zeros(len(self.rows), np.int64)
+        for members in self._members.values():
+            self._place[members] = np.arange(len(members))
 
     def _decode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read rows; the limit of skipped images holds for all rows of the role, not for one batch."""
@@ -80,12 +102,16 @@ class ImageBatches(Dataset[Batch]):
         if self.numbers is None:
             raise ValueError("The data has no labels, but balanced batches or a supervised loss need them.")
         labels: np.ndarray = self.numbers[self.rows]
+        if self.variants is not None:
+            labels = (labels[:, None] * self.variants.count + np.arange(self.variants.count)).ravel()
         return labels
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows) * (1 if self.variants is None else self.variants.count)
 
     def __getitem__(self, positions: list[int]) -> Batch:
+        if self.variants is not None:
+            return self._varied(self.variants, np.asarray(positions))
         rows = self.rows[positions]
         if self.cache is None:
             images, rows = self._decode(rows)
@@ -94,6 +120,22 @@ class ImageBatches(Dataset[Batch]):
             view = self.cache[positions]
         labels = None if self.numbers is None else torch.from_numpy(self.numbers[rows])
         return Batch((view,), labels, torch.from_numpy(rows))
+
+    def _varied(self, variants: ClassVariants, positions: np.ndarray) -> Batch:
+        assert self.cache is not None
+        assert self.numbers is not None
+        places, variant = np.divmod(positions, variants.count)
+        rows = self.rows[places]
+        classes, number = torch.from_numpy(self.numbers[rows]), torch.from_numpy(variant)
+        # the partner's image of the same number: in data sets of handwriting often by the same hand
+        others = {
+            row: self.cache[members[self._place[places[row]] % len(members)]]
+            for row, partner in enumerate(variants.partners(classes, number, len(self._members)).tolist())
+            if partner >= 0 and len(members := self._members[partner])
+        }
+        images = variants(self.cache[places], classes, number, others)
+        index = torch.from_numpy(rows) * variants.count + number
+        return Batch((images,), classes * variants.count + number, index)
 
 
 class ImageData(pl.LightningDataModule):
@@ -121,6 +163,7 @@ class ImageData(pl.LightningDataModule):
         views: Random augmentation of the training images. In place of `Views` a transform of one image by
             torchvision, albumentations or lightly (see `PerImage`), or any callable that makes a view, or a tuple of
             views, of a batch in [0, 1] (see `WholeBatch`). Normalising is left to `mean` and `std`.
+        variants: Classes made of each training class, such as its rotations; see `ClassVariants`.
         test_views: Go into the trained `Encoder`, which averages over them; training does not know them.
         degrade: Bad conditions for some of the views, whatever they are; None leaves them as they are.
         seed: Of the split, the order and the views.
@@ -147,6 +190,7 @@ class ImageData(pl.LightningDataModule):
         images_per_class: int | None = None,
         batches_per_epoch: int | None = None,
         views: Views | PerImage | WholeBatch | Callable[[Tensor], Any] = Views(),  # noqa: B008 - frozen, so sharing it is harmless
+        variants: ClassVariants | None = None,
         test_views: FixedViews | Mapping[str, Any] | None = None,
         degrade: Degrade | None = None,
         seed: int = 0,
@@ -181,6 +225,7 @@ class ImageData(pl.LightningDataModule):
         self.images_per_class = images_per_class
         self.batches_per_epoch = batches_per_epoch
         self.views = views
+        self.variants = variants
         self.test_views = FixedViews.of(test_views)
         self.degrade = degrade
         self.seed = seed
@@ -189,6 +234,11 @@ class ImageData(pl.LightningDataModule):
         self.on_error: OnError = on_error
         self.source: Source | None = None
         self._datasets: dict[str, ImageBatches] = {}
+
+    @property
+    def num_targets(self) -> int:
+        """Number of classes in training: those of the data times their variants."""
+        return self.num_classes * (1 if self.variants is None else self.variants.count)
 
     @property
     def preprocessing(self) -> dict[str, object]:
@@ -252,6 +302,7 @@ class ImageData(pl.LightningDataModule):
                 fit=self.fit,
                 on_error=self.on_error,
                 cache_gib=self.cache_gib,
+                variants=self.variants if role == "train" else None,
             )
         return self._datasets[role]
 
@@ -280,17 +331,18 @@ class ImageData(pl.LightningDataModule):
 
     def _classes_per_batch(self, images_per_class: int) -> int:
         numbers, counts = np.unique(self.dataset("train").labels, return_counts=True)
-        lonely = [self.class_names[number] for number in numbers[counts < 2]]
+        share = self.num_targets // max(1, self.num_classes)  # variants of each class
+        lonely = sorted({self.class_names[number // share] for number in numbers[counts < 2]})
         if lonely:
             raise ValueError(
-                f"{len(lonely)} of {len(numbers)} training classes have one image only and so no positive pair: "
+                f"{len(lonely)} of {self.num_classes} training classes have one image only and so no positive pair: "
                 f"{', '.join(lonely[:5])}. Add images of them, take them out of the data, or set "
                 "images_per_class to null for a loss that needs no positives."
             )
         wanted = self.batch_size // images_per_class
-        if wanted > self.num_classes:
-            log.warning("There are %d training classes, so batches hold %d, not %d.", *[self.num_classes] * 2, wanted)
-        return min(wanted, self.num_classes)
+        if wanted > self.num_targets:
+            log.warning("There are %d training classes, so batches hold %d, not %d.", *[self.num_targets] * 2, wanted)
+        return min(wanted, self.num_targets)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[object]:
         """The calibrate role, in order; nothing where it is empty."""

@@ -87,7 +87,7 @@ class MetricLearning(Method):
     def setup(self, stage: str) -> None:
         """Compare the loss's number of classes with the data's."""
         super().setup(stage)
-        there = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        there = getattr(getattr(self.trainer, "datamodule", None), "num_targets", None)
         for part in self.loss.modules():
             made_for = getattr(part, "num_classes", None)
             if stage == "fit" and there and made_for and made_for < there:
