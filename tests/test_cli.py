@@ -107,6 +107,8 @@ def test_every_recipe_runs(recipe, pictures, tmp_path, capsys) -> None:
     small = [*SMALL, "--trainer.max_epochs=1"]
     if recipe.stem in ("supcon", "triplet", "contrastive"):
         small.append("--data.init_args.images_per_class=4")
+    if recipe.stem == "omniglot_oneshot":
+        small.append("--data.init_args.batches_per_epoch=3")
     if recipe.stem == "cifar10_speedrun":
         small.append("--data.init_args.fractions=[0.8,0.2,0.0]")  # a fiftieth of these few images is none
     result = ask(capsys, "fit", "-c", recipe, f"--data.init_args.root={pictures}", "--run", tmp_path / "run", *small)

@@ -238,3 +238,22 @@ def test_command(runs: Path, characters: Path, tmp_path: Path, capsys: pytest.Ca
     assert "embedlab: error: " in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["oneshot", str(runs)])
+
+
+def test_the_recipe_learns_whatever_alphabets_there_are(characters: Path, tmp_path: Path, capsys) -> None:
+    """A few steps of a small network, on other numbers of alphabets, characters and drawers than the data set's."""
+    recipe = Path(__file__).parents[1] / "recipes" / "omniglot_oneshot.yaml"
+    run = tmp_path / "run"
+    arguments = [
+        "--data.init_args.batches_per_epoch=3", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
+        "--model.init_args.backbone.init_args.width=0.125", "--data.init_args.images_per_class=3",
+    ]  # fmt: skip
+    fit = ["fit", "-c", str(recipe), "--data.init_args.root", str(characters), "--run", str(run), "--json"]
+    assert main([*fit, *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 3
+    encoder = Encoder.load(run / "encoder")
+    assert encoder.test_views is not None
+    assert {encoder.trained_on(label) for label in ("Bars/character01", "Few/character02")} == {True}
+    drawn = ["oneshot", str(tmp_path / "drawn"), "--draw", str(characters), "--ways", "3", "--runs", "2"]
+    assert main([*drawn, "--encoder", str(run / "encoder"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trials"] == 6
