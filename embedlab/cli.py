@@ -260,8 +260,15 @@ def _add_finetune(commands: Any) -> None:
     parser.add_argument(
         "--positive", metavar="LABEL", help="of two classes, the one that precision, recall, AUC are about"
     )
+    parser.add_argument("--beta", type=float, default=1.0, help="of F-beta: 2 weighs recall more than precision")
     parser.add_argument("--freeze", action="store_true", help="train the classifier only (linear probe)")
     parser.add_argument("--flip", type=float, default=0.5, help="probability of a left-right flip; 0 for text")
+    parser.add_argument(
+        "--crop",
+        type=float,
+        default=0.5,
+        help="smallest share of the image that a crop keeps; near 1 for small defects",
+    )
     parser.add_argument("--seed", type=int, default=0)
     _add_reading(parser)
 
@@ -733,7 +740,7 @@ def _finetune(options: argparse.Namespace) -> Result:
         fractions=tuple(options.fractions),
         labels_per_class=options.labels_per_class,
         batch_size=options.batch_size,
-        views=Views(crop_scale=(0.5, 1.0), flip=options.flip),
+        views=Views(crop_scale=(options.crop, 1.0), flip=options.flip),
         seed=options.seed,
         on_error=options.on_error,
         **encoder.preprocessing,
@@ -749,14 +756,15 @@ def _finetune(options: argparse.Namespace) -> Result:
         loss=loss,
         freeze=options.freeze,
         positive=options.positive,
+        beta=options.beta,
         seed=options.seed,
         run=options.run,
         progress=not options.json,
     )
-    low, high = report["accuracy_interval"] or (float("nan"),) * 2
+    low, high = report["intervals"].get("accuracy", (float("nan"),) * 2)
     text = (
         f"accuracy {report['accuracy']:.3f} [{low:.3f}, {high:.3f}]  balanced {report['balanced_accuracy']:.3f}  "
-        f"F1 {report['f_beta']:.3f}  MCC {report['mcc']:.3f}  AUC {report['auc']:.3f}  "
+        f"F{options.beta:g} {report['f_beta']:.3f}  MCC {report['mcc']:.3f}  AUC {report['auc']:.3f}  "
         f"on {report['test_images']} test images, {len(report['classes'])} classes, {report['seconds']:.0f} s: "
         f"{options.run}"
     )

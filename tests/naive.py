@@ -30,6 +30,22 @@ def naive_hits(rankings, query_labels, reference_labels):
     return [[reference_labels[j] == query_labels[i] for j in ranking] for i, ranking in enumerate(rankings)]
 
 
+def naive_leave_identity_out(probes, labels, templates, template_labels):
+    """Search by search: best score, whether the best is right, and the best of all others."""
+    enrolled, strange = [], []
+    for vector, label in zip(probes, labels, strict=True):
+        best = {}
+        for template, name in zip(templates, template_labels, strict=True):
+            dot = sum(float(x) * float(y) for x, y in zip(vector, template, strict=True))
+            norms = math.sqrt(sum(float(x) ** 2 for x in vector)) * math.sqrt(sum(float(y) ** 2 for y in template))
+            cosine = dot / norms
+            best[name] = max(best.get(name, -2.0), cosine)
+        winner = max(best, key=lambda name: best[name])
+        enrolled.append((best[winner], winner == label))
+        strange.append(max(score for name, score in best.items() if name != label))
+    return enrolled, strange
+
+
 def naive_recall_at_k(hits, k):
     return float(any(hits[:k]))
 

@@ -315,6 +315,24 @@ def test_resnet8_has_three_stages() -> None:
     assert sum(isinstance(module, nn.Conv2d) for module in net.modules()) == 9
 
 
+def test_a_grid_of_places_is_kept_and_the_usual_mean_has_its_old_fingerprint(tmp_path) -> None:
+    torch.manual_seed(0)
+    grid = ResNet("resnet8", stem="small", width=0.125, pool=4).eval()
+    assert grid.out_features == 32 * 16
+    mean = ResNet("resnet8", stem="small", width=0.125).eval()
+    mean.load_state_dict(grid.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    places = grid(images).view(2, 32, 4, 4)
+    torch.testing.assert_close(places.mean(dim=(2, 3)), mean(images))
+    moved = grid(images.flip(3)).view(2, 32, 4, 4)
+    assert (moved - places).abs().max() > 0.01, "where something is makes a difference"
+    Encoder(grid, image_size=32).save(tmp_path / "grid")
+    assert Encoder.load(tmp_path / "grid").backbone.out_features == 512
+    assert "pool" not in mean.config, "encoders of before keep their fingerprint"
+    with pytest.raises(ValueError, match="pool >= 1, got 1.0, 3 and 0"):
+        ResNet("resnet8", pool=0)
+
+
 def test_description_is_plain_json(tmp_path) -> None:
     small().save(tmp_path / "encoder")
     description = json.loads((tmp_path / "encoder" / "encoder.json").read_text())

@@ -1,3 +1,4 @@
+import csv
 import json
 
 import numpy as np
@@ -247,11 +248,32 @@ def test_two_classes_by_group_report_the_positive_one() -> None:
     module = data(root=parts, split="group", images_per_class=None, fractions=(0.5, 0.0, 0.5))
     encoder = Encoder(net(), image_size=12)
     report = finetune(module, encoder, steps=2, positive="bad", progress=False)
-    low, high = report["accuracy_interval"]
-    assert low <= report["accuracy"] <= high
-    assert 0 <= report["auc"] <= 1
+    for name in ("accuracy", "auc", "average_precision", "f_beta", "mcc"):
+        low, high = report["intervals"][name]
+        assert low <= report[name] <= high
+    assert report["threshold"] == 0.5
+    assert report["threshold_from"] == "half"
     with pytest.raises(ValueError, match="positive names one of two classes; the data has .* got 'broken'"):
         finetune(data(root=parts, split="group", images_per_class=None), encoder, positive="broken", progress=False)
+
+
+def test_the_calibrate_role_sets_the_threshold_of_the_positive_class(tmp_path) -> None:
+    labels = ["bad" if number % 3 == 0 else "good" for number in range(48)]
+    parts = Source.from_arrays(source().pixels, labels)
+    module = data(root=parts, split="sample", images_per_class=None, fractions=(0.4, 0.3, 0.3))
+    encoder = Encoder(net(), image_size=12)
+    report = finetune(module, encoder, steps=2, positive="bad", beta=2, run=tmp_path / "run", progress=False)
+    assert report["threshold_from"] == "calibrate"
+    with (tmp_path / "run" / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:  # the probability is that of the decision
+        bad = float(row["probability"]) if row["predicted"] == "bad" else 1 - float(row["probability"])
+        assert (bad >= report["threshold"] - 1e-6) == (row["predicted"] == "bad")
+    hits, missed, alarms = (
+        sum((row["label"], row["predicted"]) == pair for row in rows)
+        for pair in (("bad", "bad"), ("bad", "good"), ("good", "bad"))
+    )
+    assert report["f_beta"] == pytest.approx(5 * hits / (5 * hits + 4 * missed + alarms))
 
 
 def test_a_linear_probe_leaves_the_backbone_alone(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import naive
 import numpy as np
 import pytest
 import sklearn.metrics
@@ -321,5 +322,128 @@ ONES = np.ones((2, 2), dtype=int)
     ],
 )
 def test_refusals_say_why(function, text):
+    with pytest.raises(ValueError, match=text):
+        function()
+
+
+# ---- figures over identities ---------------------------------------------------------------------------------------
+
+
+def test_bootstrap_statistic_equals_drawing_by_hand():
+    owners = RANDOM.integers(0, 9, 240)
+    got = metrics.bootstrap_statistic(lambda rows: metrics.roc_auc(SMOOTH[rows], SAME[rows]), owners, resamples=40)
+    generator, figures = np.random.default_rng(0), []
+    for _ in range(40):
+        rows = [row for name in generator.integers(9, size=9) for row in np.flatnonzero(owners == name)]
+        figures.append(sklearn.metrics.roc_auc_score(SAME[rows], SMOOTH[rows]))
+    assert got == pytest.approx(tuple(np.quantile(figures, [0.025, 0.975])), abs=1e-12)
+    mean = metrics.bootstrap_statistic(lambda rows: SMOOTH[rows].mean(), owners, resamples=2000)
+    assert mean == pytest.approx(metrics.bootstrap_interval(SMOOTH, owners), abs=0.03)
+
+
+@pytest.mark.parametrize("block", [None, 64])
+def test_leave_identity_out_and_its_pooled_folds_equal_the_loops(block, monkeypatch):
+    if block:
+        monkeypatch.setattr("embedlab.metrics.open_set.BUDGET", block)
+    folds, genuine, strangers = [], [], []
+    for fold in range(3):  # each with people of its own
+        names = np.array([f"{fold}-{number}" for number in RANDOM.permutation(np.repeat(np.arange(5), 6))])
+        centres = {name: RANDOM.standard_normal(4) for name in sorted(set(names))}
+        vectors = np.stack([centres[name] for name in names]) + 0.7 * RANDOM.standard_normal((30, 4))
+        enrolled = np.zeros(30, dtype=bool)
+        for name in centres:
+            enrolled[np.flatnonzero(names == name)[:2]] = True
+        pieces = vectors[~enrolled], names[~enrolled], vectors[enrolled], names[enrolled]
+        folds.append(metrics.leave_identity_out(*pieces))
+        own, others = naive.naive_leave_identity_out(*pieces)
+        scores, correct, known, who = folds[-1]
+        np.testing.assert_allclose(scores, [score for score, _ in own] + others, atol=1e-12)
+        assert correct.tolist() == [right for _, right in own] + [False] * 20
+        assert known.tolist() == [True] * 20 + [False] * 20
+        assert who.tolist() == [*names[~enrolled], *names[~enrolled]]
+        genuine += own
+        strangers += others
+    scores, correct, known, who = map(np.concatenate, zip(*folds, strict=True))
+    for fpir in (0.05, 0.1, 0.3):
+        # the lowest threshold that accepts at most so many strangers, tried one by one
+        allowed = int(fpir * len(strangers) + 1e-9)
+        best = 0
+        for threshold in sorted([score for score, _ in genuine]):
+            if sum(score >= threshold for score in strangers) <= allowed:
+                best = max(best, sum(score >= threshold and right for score, right in genuine))
+        got = metrics.detection_identification_rate(scores, correct, known, fpir=fpir)
+        assert got == pytest.approx(best / len(genuine))
+    low, high = metrics.bootstrap_statistic(
+        lambda rows: metrics.detection_identification_rate(scores[rows], correct[rows], known[rows], fpir=0.1), who
+    )
+    assert 0 <= low < high <= 1
+
+
+def test_hierarchical_figures_equal_the_loops():
+    parents = {name: name[0] for name in ("aa", "ab", "ba", "bb", "ca")}
+    grand = {"a": "x", "b": "x", "c": "y"}
+    names = np.array(sorted(parents))
+    prediction, target = RANDOM.choice(names, 200), RANDOM.choice(names, 200)
+    want = []
+    for guess, truth in zip(prediction.tolist(), target.tolist(), strict=True):
+        if guess == truth:
+            want.append(0)
+        elif guess[0] == truth[0]:
+            want.append(1)
+        else:
+            want.append(2 if grand[guess[0]] == grand[truth[0]] else 3)
+    assert metrics.hierarchical_distance(prediction, target, [parents, grand]).tolist() == want
+    assert metrics.hierarchical_distance(prediction, target, parents).tolist() == np.minimum(want, 2).tolist()
+    report = metrics.hierarchical_report(prediction, target, [parents, grand])
+    wrong = [distance for distance in want if distance]
+    assert report["accuracy"] == pytest.approx(want.count(0) / 200)
+    assert report["coarse_accuracy"] == pytest.approx(sum(d <= 1 for d in want) / 200)
+    assert report["near_misses"] == pytest.approx(wrong.count(1) / len(wrong))
+    assert report["distance"] == pytest.approx(sum(want) / 200)
+    assert report["mistake_severity"] == pytest.approx(sum(wrong) / len(wrong))
+    assert math.isnan(metrics.hierarchical_report(["aa"], ["aa"], parents)["near_misses"])
+
+
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize("beta", [0.5, 1, 2])
+def test_best_threshold_reaches_the_best_f_beta(kind, beta):
+    scores, same = SCORES[kind][:40], SAME[:40]
+    threshold = metrics.best_threshold(scores, same, beta=beta)
+    tried = {float(t): sklearn.metrics.fbeta_score(same, scores >= t, beta=beta) for t in np.unique(scores)}
+    assert sklearn.metrics.fbeta_score(same, scores >= threshold, beta=beta) == pytest.approx(max(tried.values()))
+    assert threshold not in tried or threshold == scores.min()
+    highest = max(t for t, figure in tried.items() if figure == pytest.approx(max(tried.values()), abs=1e-12))
+    assert threshold <= highest
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda: metrics.bootstrap_statistic(len, ["a", "a"]), "needs at least 2, got 1"),
+        (lambda: metrics.bootstrap_statistic(len, ["a", "b"], resamples=0), "resamples of at least 1"),
+        (
+            lambda: metrics.bootstrap_statistic(lambda rows: math.nan if 0 not in rows else 1.0, ["a", "b", "c"]),
+            r"undefined in \d+ of 1000 draws of 3 identities: too few of them",
+        ),
+        (
+            lambda: metrics.bootstrap_statistic(
+                lambda rows: metrics.roc_auc(SMOOTH[rows], SAME[rows] & False), np.arange(240)
+            ),
+            "compares genuine with impostor pairs",
+        ),
+        (lambda: metrics.leave_identity_out([[1, 0]], ["a"], [[1, 0]], ["a"]), "two identities or more"),
+        (
+            lambda: metrics.leave_identity_out([[1, 0]], ["z"], [[1, 0], [0, 1]], ["a", "b"]),
+            "1 of them without a template, first 'z'",
+        ),
+        (lambda: metrics.leave_identity_out([[1, 0, 0]], ["a"], [[1, 0]], ["a"]), "probes have 3 numbers, templates 2"),
+        (lambda: metrics.hierarchical_distance(["a"], ["b"], {"a": "x"}), "no entry for 'b' on level 1"),
+        (lambda: metrics.hierarchical_distance([1], [2], {"1": "x", "2": "x"}), "1 is not '1'"),
+        (lambda: metrics.hierarchical_report([], [], {}), "at least one row"),
+        (lambda: metrics.best_threshold([0.5], [False]), "undefined without a positive, got 1 negatives"),
+        (lambda: metrics.best_threshold([0.5], [True], beta=0), "beta > 0, got 0"),
+    ],
+)
+def test_figures_over_identities_refuse_and_say_why(function, text):
     with pytest.raises(ValueError, match=text):
         function()

@@ -6,7 +6,15 @@ import pytest
 from PIL import Image
 
 from embedlab.data.sources import Source, open_source
-from embedlab.data.splits import ROLES, read_split, split_by_class, split_by_group, split_by_sample, write_split
+from embedlab.data.splits import (
+    ROLES,
+    folds_by_class,
+    read_split,
+    split_by_class,
+    split_by_group,
+    split_by_sample,
+    write_split,
+)
 
 LABELS = [f"class{i % 20:02d}" for i in range(100)]
 NAMES = [f"image{i}.png" for i in range(100)]
@@ -23,6 +31,32 @@ def test_identities_are_disjoint_and_shares_hold(split) -> None:
     assert [len(by_role[role]) for role in ROLES] == [10, 6, 4]
     assert set().union(*by_role.values()) == set(LABELS)
     assert sum(map(len, by_role.values())) == 20
+
+
+@pytest.mark.parametrize("folds", [3, 4, 7])
+def test_every_class_is_tested_in_one_fold_and_never_in_two_roles(folds: int) -> None:
+    splits = folds_by_class(LABELS, folds, seed=2)
+    assert len(splits) == folds
+    for role in ("test", "calibrate"):
+        seen = [label for roles in splits for label in {x for x, r in zip(LABELS, roles, strict=True) if r == role}]
+        assert sorted(seen) == sorted(set(LABELS)), "each class once"
+    for roles in splits:
+        by_class = {label: {r for x, r in zip(LABELS, roles, strict=True) if x == label} for label in set(LABELS)}
+        assert all(len(found) == 1 for found in by_class.values())
+        assert set(roles) == set(ROLES)
+    order = np.random.default_rng(0).permutation(100)
+    shuffled = folds_by_class([LABELS[i] for i in order], folds, seed=2)
+    np.testing.assert_array_equal(splits[0][order], shuffled[0])
+    assert any((a != b).any() for a, b in zip(splits, folds_by_class(LABELS, folds), strict=True))
+
+
+def test_folds_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 folds or more.* got 2 folds of 20 classes"):
+        folds_by_class(LABELS, 2)
+    with pytest.raises(ValueError, match="got 21 folds of 20 classes"):
+        folds_by_class(LABELS, 21)
+    with pytest.raises(ValueError, match="Sample 1 has no class"):
+        folds_by_class(["a", "", "b"], 3)
 
 
 @pytest.mark.parametrize("kind", ["class", "group", "sample", "stratified"])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from embedlab.data.sources import Source as Source
     from embedlab.data.sources import class_numbers as class_numbers
     from embedlab.data.sources import open_source as open_source
+    from embedlab.data.splits import folds_by_class as folds_by_class
     from embedlab.data.splits import read_split as read_split
     from embedlab.data.splits import split_by_class as split_by_class
     from embedlab.data.splits import split_by_group as split_by_group
@@ -41,7 +42,14 @@ __getattr__ = lazy_names(
         ".module": ["ImageData"],
         ".samplers": ["BalancedBatches", "ShuffledBatches"],
         ".sources": ["Source", "class_numbers", "open_source"],
-        ".splits": ["read_split", "split_by_class", "split_by_group", "split_by_sample", "write_split"],
+        ".splits": [
+            "folds_by_class",
+            "read_split",
+            "split_by_class",
+            "split_by_group",
+            "split_by_sample",
+            "write_split",
+        ],
         ".variants": ["ClassVariants"],
         ".views": ["FixedViews", "Mix", "Views"],
     },

@@ -61,6 +61,41 @@ def split_by_group(groups: Sequence[str], fractions: Fractions = (0.5, 0.25, 0.2
     return _by_name(groups, fractions, seed, kind="group", plural="groups")
 
 
+def folds_by_class(labels: Sequence[str], folds: int = 4, *, seed: int = 0) -> list[Roles]:
+    """Several splits by class in which every class is a test class exactly once: for data sets of few identities.
+
+    Classes are dealt out to the folds like cards, in the order of `split_by_class`. In split i the classes of fold i
+    are the test, those of the next fold calibrate (the last fold's next is the first), and all others train.
+
+    Args:
+        labels: N labels.
+        folds: How many, at least 3.
+        seed: Another seed, other folds.
+
+    Returns:
+        As many (N,) arrays of roles.
+
+    Raises:
+        ValueError: Fewer than 3 folds, or fewer classes than folds.
+
+    Example:
+        >>> [roles.tolist() for roles in folds_by_class(["ant", "bee", "cow"], 3)][0]
+        ['calibrate', 'train', 'test']
+    """
+    if "" in labels:
+        raise ValueError(f"Sample {list(labels).index('')} has no class; fill in the column or split by sample.")
+    ordered = sorted(set(labels), key=lambda name: _hash(name, seed))
+    if not 3 <= folds <= len(ordered):
+        raise ValueError(
+            f"folds_by_class needs 3 folds or more, for test, calibrate and train, and a class in each; got {folds} "
+            f"folds of {len(ordered)} classes."
+        )
+    place = {name: number % folds for number, name in enumerate(ordered)}
+    own = np.array([place[label] for label in labels])
+    roles = [np.where(own == f, "test", np.where(own == (f + 1) % folds, "calibrate", "train")) for f in range(folds)]
+    return [np.asarray(split, dtype=f"U{max(map(len, ROLES))}") for split in roles]
+
+
 def split_by_sample(
     names: Sequence[str],
     labels: Sequence[str] | None = None,

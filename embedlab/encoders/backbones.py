@@ -60,6 +60,9 @@ class ResNet(nn.Module):
         width: Multiplies the number of channels of every stage.
         in_channels: Channels of the images; pretrained weights are adapted by averaging over colours.
         norm: "batch", or "group" (no statistics over the batch: the same on one device and on many).
+        pool: Side of the grid of places whose features are kept, each a mean over its part of the picture. 1 is the
+            usual mean over all; 2 to 4 also tell where something is, for aligned pictures such as faces, with pool^2
+            times the features.
         pretrained: Start from torchvision's ImageNet weights (needs stem="imagenet", norm="batch", width=1).
 
     Shape: images (B, in_channels, H, W), normalised, to features (B, out_features).
@@ -77,6 +80,7 @@ class ResNet(nn.Module):
         width: float = 1.0,
         in_channels: int = 3,
         norm: Literal["batch", "group"] = "batch",
+        pool: int = 1,
         pretrained: bool = False,
     ) -> None:
         super().__init__()
@@ -84,18 +88,21 @@ class ResNet(nn.Module):
             raise ValueError(f"ResNet knows {', '.join(_LAYERS)}; got {name!r}. For others use TimmBackbone.")
         if stem not in _STEMS or norm not in ("batch", "group"):
             raise ValueError(f"ResNet takes stem {'|'.join(_STEMS)} and norm batch|group, got {stem!r} and {norm!r}.")
-        if width <= 0 or in_channels < 1:
-            raise ValueError(f"ResNet needs width > 0 and in_channels >= 1, got {width} and {in_channels}.")
+        if width <= 0 or in_channels < 1 or pool < 1:
+            raise ValueError(
+                f"ResNet needs width > 0, in_channels >= 1 and pool >= 1, got {width}, {in_channels} and {pool}."
+            )
         self.config: dict[str, Any] = {
             "name": name,
             "stem": stem,
             "width": width,
             "in_channels": in_channels,
             "norm": norm,
-        }
+        } | ({"pool": pool} if pool > 1 else {})  # left out, an encoder keeps the fingerprint that it has always had
         self.in_channels = in_channels
         self.net = _build(name, stem, width, in_channels, norm)
-        self.out_features: int = self.net.fc.in_features
+        self.out_features: int = self.net.fc.in_features * pool**2
+        self.net.avgpool = nn.AdaptiveAvgPool2d(pool)
         self.net.fc = nn.Identity()
         if pretrained:
             if stem != "imagenet" or norm != "batch" or width != 1 or name in ("resnet8", "resnet10"):

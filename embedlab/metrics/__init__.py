@@ -5,18 +5,20 @@ retrieval       recall_at_k, precision_at_k, r_precision, map_at_r, mean_average
                 themselves: nearest_neighbours
 verification    roc_auc, eer, tar_at_far, average_precision, roc_curve, det_curve, best_accuracy;
                 over all pairs of a set: verification_report
-open set        fpir_fnir, open_set_curve, detection_identification_rate, unknown_auroc, oscr
-classification  classification_report, multilabel_report, confusion_matrix, calibration_error
+open set        fpir_fnir, open_set_curve, detection_identification_rate, unknown_auroc, oscr, leave_identity_out
+classification  classification_report, multilabel_report, confusion_matrix, calibration_error, best_threshold;
+                in a hierarchy of classes: hierarchical_report, hierarchical_distance
 segmentation    pixel_accuracy, mean_pixel_accuracy, mean_iou, dice, ods, ois
 clustering      clustering_report by k-means, normalized_mutual_information, adjusted_rand_index
 linear probe    linear_probe_accuracy, fit_linear_probe
 health          feature_std, effective_rank, alignment, uniformity, hubness (no labels needed)
-intervals       bootstrap_interval over identities, paired_interval of two encoders, wilson_interval;
-                of verification: draw_pairs, verification_resamples
+intervals       bootstrap_interval over identities, bootstrap_statistic of any figure, paired_interval of two encoders,
+                wilson_interval; of verification: draw_pairs, verification_resamples
 several ranks   each_sample_once
 """
 
 from embedlab.metrics.classification import (
+    best_threshold,
     calibration_error,
     classification_report,
     confusion_matrix,
@@ -24,10 +26,18 @@ from embedlab.metrics.classification import (
 )
 from embedlab.metrics.clustering import adjusted_rand_index, clustering_report, normalized_mutual_information
 from embedlab.metrics.health import alignment, effective_rank, feature_std, hubness, uniformity
-from embedlab.metrics.intervals import bootstrap_interval, bootstrap_intervals, paired_interval, wilson_interval
+from embedlab.metrics.hierarchy import hierarchical_distance, hierarchical_report
+from embedlab.metrics.intervals import (
+    bootstrap_interval,
+    bootstrap_intervals,
+    bootstrap_statistic,
+    paired_interval,
+    wilson_interval,
+)
 from embedlab.metrics.open_set import (
     detection_identification_rate,
     fpir_fnir,
+    leave_identity_out,
     open_set_curve,
     oscr,
     unknown_auroc,
@@ -74,8 +84,10 @@ __all__ = [
     "alignment",
     "average_precision",
     "best_accuracy",
+    "best_threshold",
     "bootstrap_interval",
     "bootstrap_intervals",
+    "bootstrap_statistic",
     "calibration_error",
     "classification_report",
     "clustering_report",
@@ -91,9 +103,12 @@ __all__ = [
     "feature_std",
     "fit_linear_probe",
     "fpir_fnir",
+    "hierarchical_distance",
+    "hierarchical_report",
     "hubness",
     "knn_accuracy",
     "knn_hits",
+    "leave_identity_out",
     "linear_probe_accuracy",
     "map_at_r",
     "mean_average_precision",

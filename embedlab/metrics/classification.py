@@ -5,7 +5,17 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from embedlab.metrics._arrays import Array, Booleans, Floats, Integers, as_array, as_labels, encode_together
+from embedlab.metrics._arrays import (
+    Array,
+    Booleans,
+    Floats,
+    Integers,
+    as_array,
+    as_flags,
+    as_labels,
+    as_scores,
+    encode_together,
+)
 from embedlab.metrics.verification import average_precision, roc_auc
 
 Norm = Literal["l1", "l2", "max"]
@@ -159,6 +169,38 @@ def multilabel_report(prediction: Any, target: Any, *, scores: Any = None, beta:
         report["auc"] = _mean_over(roc_auc, columns[:, kept], truth_kept)
         report["average_precision"] = _mean_over(average_precision, columns[:, kept], truth_kept)
     return report
+
+
+def best_threshold(scores: Any, positive: Any, *, beta: float = 1.0) -> float:
+    """The threshold at which F-beta is largest; positive is what scores at least so much.
+
+    Choose it on data that no figure is reported of. It lies in the middle between two neighbouring scores, at the
+    higher one of equally good thresholds.
+
+    Args:
+        scores: (N,) numbers; larger is more likely positive.
+        positive: (N,) true for the positive class.
+        beta: Weight of recall against precision: 2 for missed defects that cost more than false alarms.
+
+    Raises:
+        ValueError: NaN scores, no positive, beta not above 0.
+
+    Example:
+        >>> best_threshold([0.9, 0.6, 0.4, 0.1], [True, True, False, False])
+        0.5
+    """
+    if not beta > 0:
+        raise ValueError(f"best_threshold needs beta > 0, got {beta}; 1 is F1, 2 weighs recall more.")
+    values = as_scores(scores, "scores")
+    flags = as_flags(positive, "positive", len(values))
+    if not flags.any():
+        raise ValueError(f"best_threshold is undefined without a positive, got {len(flags)} negatives only.")
+    levels = np.unique(values)[::-1]
+    hits, accepted = (len(side) - np.searchsorted(side, levels) for side in (np.sort(values[flags]), np.sort(values)))
+    figures = (1 + beta**2) * hits / (beta**2 * flags.sum() + accepted)
+    best = int(figures.argmax())
+    below = levels[best + 1] if best + 1 < len(levels) else levels[best]
+    return float(levels[best] / 2 + below / 2)
 
 
 def calibration_error(probabilities: Any, target: Any, *, bins: int = 15, norm: Norm = "l1") -> float:

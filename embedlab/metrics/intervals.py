@@ -1,12 +1,12 @@
 """How sure is a figure? Intervals over identities, because ten pictures of one person are not ten people."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from embedlab.metrics._arrays import Floats, as_array, as_labels
+from embedlab.metrics._arrays import Floats, Integers, as_array, as_labels
 
 _BLOCK = 4 << 20  # numbers drawn at a time
 
@@ -102,6 +102,72 @@ def _resampled_means(samples: Floats, identities: Any, resamples: int, seed: int
         drawn = generator.multinomial(count, np.full(count, 1 / count), size=rows)  # (rows, identities): how often
         means.append((drawn @ sums) / (drawn @ sizes)[:, None])
     return np.concatenate(means)
+
+
+def bootstrap_statistic(
+    statistic: Callable[[Integers], float],
+    identities: Any,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of any figure (an AUC, a rate at a threshold), by resampling identities.
+
+    Whole identities are drawn with replacement, each with all of its rows, and the figure is taken anew from the drawn
+    rows. For figures of pairs, such as an equal error rate, see `verification_resamples`.
+
+    Args:
+        statistic: Row numbers, a drawn row as often as it counts, to the figure. NaN or a ValueError is an undefined
+            figure, such as the AUC of a draw without positives; such draws are left out.
+        identities: (N,) whose row it is: a person, a group of near-duplicates.
+        confidence: Probability in the middle, in (0, 1).
+        resamples: How many draws.
+        seed: Of the draws; the same seed gives the same interval.
+
+    Returns:
+        (low, high).
+
+    Raises:
+        ValueError: Lengths that do not fit, fewer than two identities, a figure that is undefined on all rows or in
+            more than a tenth of the draws.
+
+    Example:
+        >>> from embedlab.metrics import roc_auc
+        >>> import numpy as np
+        >>> scores, positive = np.array([0.9, 0.8, 0.7, 0.1, 0.6, 0.2]), np.array([1, 0, 1, 0, 1, 0])
+        >>> owners = ["a", "a", "b", "b", "c", "c"]
+        >>> bootstrap_statistic(lambda rows: roc_auc(scores[rows], positive[rows]), owners, resamples=200)
+        (0.7777777777777778, 1.0)
+    """
+    tail = (1 - _checked_confidence(confidence)) / 2
+    if resamples < 1:
+        raise ValueError(f"bootstrap_statistic needs resamples of at least 1, got {resamples}; 1000 is usual.")
+    owners = as_labels(identities, "identities")
+    found, codes = np.unique(owners, return_inverse=True)
+    if len(found) < 2:
+        raise ValueError(f"bootstrap_statistic draws identities and needs at least 2, got {len(found)}.")
+    statistic(np.arange(len(owners)))  # what is undefined on all rows says why
+    generator = np.random.default_rng(seed)
+    figures = []
+    for _ in range(resamples):
+        drawn = np.bincount(generator.integers(len(found), size=len(found)), minlength=len(found))
+        figures.append(_or_nan(statistic, np.repeat(np.arange(len(owners)), drawn[codes])))
+    defined = np.array(figures)[~np.isnan(figures)]
+    if len(defined) < 0.9 * resamples:
+        raise ValueError(
+            f"The figure is undefined in {resamples - len(defined)} of {resamples} draws of {len(found)} identities: "
+            "too few of them have what it is about (positives, strangers). Give the figure without an interval."
+        )
+    low, high = np.quantile(defined, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _or_nan(statistic: Callable[[Integers], float], rows: Integers) -> float:
+    try:
+        return float(statistic(rows))
+    except ValueError:
+        return float("nan")
 
 
 def paired_interval(

@@ -4,7 +4,17 @@ from typing import Any
 
 import numpy as np
 
-from embedlab.metrics._arrays import Booleans, Floats, as_array, as_flags, as_scores
+from embedlab.metrics._arrays import (
+    Array,
+    Booleans,
+    Floats,
+    as_array,
+    as_flags,
+    as_labels,
+    as_scores,
+    encode_together,
+)
+from embedlab.metrics._ranking import BUDGET, Rows
 from embedlab.metrics.verification import roc_auc
 
 
@@ -155,6 +165,71 @@ def detection_identification_rate(
     # accepted is what lies above the first stranger who must be refused
     refused = stranger[len(stranger) - allowed - 1]
     return float((identified > refused).sum() / enrolled)
+
+
+def leave_identity_out(
+    probes: Any, probe_labels: Any, templates: Any, template_labels: Any
+) -> tuple[Floats, Booleans, Booleans, Array]:
+    """Every probe as somebody enrolled and as a stranger: two searches each, for data sets of few identities.
+
+    The first search is among the templates of all identities. The second takes the probe's own identity out of the
+    gallery, which makes it a stranger. So N identities give N strangers, where two halves would give N / 2. A score is
+    the best cosine over the templates of an identity (fusion "max").
+
+    The searches of several folds, each with its own network and identities, may be joined and given to
+    `detection_identification_rate` at an FPIR that no fold alone supports: one threshold then holds for all folds. An
+    interval is `bootstrap_statistic` over the fourth result.
+
+    Args:
+        probes: (P, D) vectors of any norm, NumPy or torch; none of them is a template.
+        probe_labels: (P,) integers or strings, each of which has a template.
+        templates: (T, D) vectors.
+        template_labels: (T,) of at least two identities.
+
+    Returns:
+        Of 2 P searches, first those of the enrolled and then those of strangers: best score, whether the best identity
+        is the probe's own, whether the probe's identity was enrolled, and the probe's label.
+
+    Raises:
+        ValueError: Shapes or labels that do not fit, a probe whose identity has no template, one identity only.
+
+    Example:
+        >>> vectors, labels = [[1, 0], [0, 1]], ["a", "b"]
+        >>> scores, correct, known, whose = leave_identity_out(vectors, labels, vectors, labels)
+        >>> scores.tolist(), correct.tolist(), known.tolist()
+        ([1.0, 1.0, 0.0, 0.0], [True, True, False, False], [True, True, False, False])
+    """
+    asked, enrolled = Rows(probes, "probes"), Rows(templates, "templates")
+    if asked.dim != enrolled.dim:
+        raise ValueError(f"probes have {asked.dim} numbers, templates {enrolled.dim}; both are by one encoder.")
+    names = as_labels(probe_labels, "probe_labels", len(asked))
+    own, codes, found = encode_together(
+        names, as_labels(template_labels, "template_labels", len(enrolled)), "probe_labels and template_labels"
+    )
+    absent = np.setdiff1d(own, codes)
+    if len(absent) or len(found) < 2:
+        raise ValueError(
+            f"leave_identity_out needs two identities or more and templates of each that probes; got {len(found)} "
+            f"identities, {len(absent)} of them without a template"
+            f"{f', first {found[absent[0]].item()!r}' if len(absent) else ''}."
+        )
+    order = np.argsort(codes, kind="stable")
+    starts = np.searchsorted(codes[order], np.arange(len(found)))
+    unit = enrolled.unit(order)
+    best, strange, right = np.empty(len(asked)), np.empty(len(asked)), np.empty(len(asked), dtype=np.bool_)
+    step = max(1, BUDGET // (8 * len(unit)))
+    for start in range(0, len(asked), step):
+        block = slice(start, start + step)
+        scores = np.maximum.reduceat(asked.unit(block) @ unit.T, starts, axis=1)  # (n, identities)
+        best[block], right[block] = scores.max(axis=1), scores.argmax(axis=1) == own[block]
+        scores[np.arange(len(scores)), own[block]] = -np.inf
+        strange[block] = scores.max(axis=1)
+    return (
+        np.concatenate([best, strange]),
+        np.concatenate([right, np.zeros_like(right)]),
+        np.repeat([True, False], len(asked)),
+        np.concatenate([names, names]),
+    )
 
 
 def _searches(scores: Any, correct: Any, known: Any) -> tuple[Floats, Floats, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import json
@@ -18,7 +19,7 @@ from embedlab._json import plain
 from embedlab.data import ImageData, write_split
 from embedlab.encoders import Encoder
 from embedlab.methods.trainer import SaveEncoder, StepBar, fast_precision, quiet
-from embedlab.metrics import bootstrap_interval, classification_report
+from embedlab.metrics import best_threshold, bootstrap_interval, bootstrap_statistic, classification_report
 from embedlab.tasks.classification import Classification
 
 
@@ -35,6 +36,7 @@ def finetune(
     freeze: bool = False,
     precision: Literal["32-true", "bf16-mixed"] | None = None,
     positive: str | None = None,
+    beta: float = 1.0,
     seed: int = 0,
     run: str | Path | None = None,
     progress: bool = True,
@@ -53,13 +55,16 @@ def finetune(
         freeze: Train the classifier only.
         precision: Of the network in training and test; None takes bf16-mixed where the hardware is fast at it.
         positive: Of two classes, the one that precision, recall, F1 and so on are about; None takes the mean over all
-            classes, each against the rest.
+            classes, each against the rest. Where images have the role calibrate, the positive class is decided at the
+            threshold with the best F-beta on these; without them at one half.
+        beta: Weight of recall against precision in f_beta; 2 for missed defects that cost more than false alarms.
         seed: Of the classifier's weights.
         run: Folder for report.json, predictions.csv, encoder/ and checkpoints/; None keeps nothing.
         progress: Show bars.
 
     Returns:
-        The figures of the last step on the test role, with the protocol that made them.
+        The figures of the last step on the test role, with the protocol that made them. `intervals` are 95 %, by
+        resampling the images, or the groups where the source has a column `group`.
     """
     if positive is not None:
         data.setup()
@@ -104,8 +109,8 @@ def finetune(
     seconds = time.perf_counter() - started
     trainer.test(model, datamodule=data, verbose=False)
     probabilities, targets, rows = model.predictions()
-    predicted = probabilities.argmax(axis=1)
-    right = (predicted == targets).astype(float)
+    threshold = None if positive is None else _threshold(model, data, positive, beta, precision)
+    predicted = _decided(probabilities, data, positive, threshold)
     names = np.array(data.class_names)
     report: dict[str, Any] = {
         **classification_report(
@@ -113,10 +118,14 @@ def finetune(
             names[targets],
             scores=_scores(probabilities, data, positive),
             positive=positive,
+            beta=beta,
             classes=data.class_names,
         ),
         "positive": positive,
-        "accuracy_interval": _interval(right, data, rows),
+        "beta": beta,
+        "threshold": threshold,
+        "threshold_from": None if threshold is None else "calibrate" if (data.roles == "calibrate").any() else "half",
+        "intervals": _intervals(probabilities, predicted, targets, _owners(data, rows), data, positive, beta),
         "test_images": len(targets),
         "train_images": len(data.dataset("train")),
         "classes": data.class_names,
@@ -143,11 +152,60 @@ def _scores(probabilities: np.ndarray, data: ImageData, positive: str | None) ->
     return probabilities if positive is None else probabilities[:, data.class_names.index(positive)]
 
 
-def _interval(right: np.ndarray, data: ImageData, rows: np.ndarray) -> tuple[float, float] | None:
-    """95 %, by resampling groups where the split is by group, else images."""
+def _threshold(model: Classification, data: ImageData, positive: str, beta: float, precision: str) -> float:
+    """The positive class's probability from which on it is decided for."""
+    if not (data.roles == "calibrate").any():
+        return 0.5
+    dataset = data.dataset("calibrate")
+    parts = []
+    model.eval()
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        for start in range(0, len(dataset), data.batch_size):
+            batch = dataset[list(range(start, min(start + data.batch_size, len(dataset))))].to(model.device)
+            parts.append(model(data.plain(batch.views[0])).float().softmax(dim=1).cpu().numpy())
+    number = data.class_names.index(positive)
+    return best_threshold(np.concatenate(parts)[:, number], dataset.labels == number, beta=beta)
+
+
+def _decided(probabilities: np.ndarray, data: ImageData, positive: str | None, threshold: float | None) -> np.ndarray:
+    """(N,) class numbers."""
+    if positive is None or threshold is None:
+        return np.asarray(probabilities.argmax(axis=1))
+    number = data.class_names.index(positive)
+    return np.where(probabilities[:, number] >= threshold, number, 1 - number)
+
+
+def _owners(data: ImageData, rows: np.ndarray) -> np.ndarray:
+    """Whose rows they are: groups where the source knows them, else every image is its own."""
     assert data.source is not None
-    owners = np.array(data.source.column("group"))[rows] if data.split == "group" else rows
-    return bootstrap_interval(right, owners) if len(set(owners.tolist())) > 1 else None
+    return np.array(data.source.columns["group"])[rows] if "group" in data.source.columns else rows
+
+
+def _intervals(
+    probabilities: np.ndarray,
+    predicted: np.ndarray,
+    targets: np.ndarray,
+    owners: np.ndarray,
+    data: ImageData,
+    positive: str | None,
+    beta: float,
+) -> dict[str, tuple[float, float]]:
+    """By name; of many classes only the accuracy, whose bootstrap is cheap."""
+    if len(set(owners.tolist())) < 2:
+        return {}
+    found = {"accuracy": bootstrap_interval((predicted == targets).astype(float), owners)}
+    if positive is None:
+        return found
+    number = data.class_names.index(positive)
+    scores, guess, truth = probabilities[:, number], predicted == number, targets == number
+    for name in ("auc", "average_precision", "f_beta", "mcc"):
+
+        def figure(rows: np.ndarray, name: str = name) -> float:
+            return classification_report(guess[rows], truth[rows], scores=scores[rows], beta=beta)[name]
+
+        with contextlib.suppress(ValueError):  # too few groups with a positive
+            found[name] = bootstrap_statistic(figure, owners)
+    return found
 
 
 def _write(
@@ -167,4 +225,4 @@ def _write(
         writer.writerow(["path", "label", "predicted", "probability"])
         for number, row in enumerate(rows):
             label, guess = data.class_names[targets[number]], data.class_names[predicted[number]]
-            writer.writerow([data.source.names[row], label, guess, f"{probabilities[number].max():.4f}"])
+            writer.writerow([data.source.names[row], label, guess, f"{probabilities[number, predicted[number]]:.6f}"])
