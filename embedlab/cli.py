@@ -299,7 +299,7 @@ def _bytes(text: str) -> int:
 
 def _add_info(commands: Any) -> None:
     parser = _command(commands, "info", _capacity, "parameters, multiply-adds, latency and memory of an encoder")
-    parser.add_argument("encoder", help="folder of a saved encoder")
+    parser.add_argument("encoder", help="folder of a saved encoder, or an exported .onnx file")
     parser.add_argument("--batches", type=_count, nargs="+", default=[1, 64], help="images per call")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", help="such as cpu or cuda (default: a GPU where there is one)")
@@ -489,9 +489,12 @@ def _require_labels(labels: list[str] | None, path: str) -> list[str]:
 
 def _capacity(options: argparse.Namespace) -> Result:
     from embedlab.encoders import Encoder, measure_capacity
+    from embedlab.retrieval.embedders import as_embedder
 
+    whole = (Path(options.encoder) / "encoder.json").is_file()  # rather than its export beside it
+    encoder: Any = Encoder.load(options.encoder) if whole else as_embedder(options.encoder)
     found = measure_capacity(
-        Encoder.load(options.encoder),
+        encoder,
         batches=options.batches,
         precision=options.precision,
         device=options.device,

@@ -2,10 +2,12 @@ import json
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from embedlab.cli import main
-from embedlab.encoders import Encoder, LinearHead, MLPHead, ResNet, measure_capacity
+from embedlab.encoders import Encoder, LinearHead, MLPHead, ResNet, TimmBackbone, measure_capacity
+from embedlab.encoders.capacity import _multiply_adds
 
 
 def hand_counted(encoder: Encoder) -> int:
@@ -42,6 +44,56 @@ def test_resnet18_is_as_large_as_published() -> None:
     assert found.parameters == 11_689_512
 
 
+class Whole(nn.Module):
+    """A network of torchvision with its 1000 classes as features."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.net = torchvision.models.get_model(name)
+        self.out_features = 1000
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net(images)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "swin_t", "vit_b_16"]
+)
+def test_multiply_adds_are_those_that_torchvision_publishes(name) -> None:
+    """Its models come with their parameters and 10^9 multiply-adds; on the meta device nothing is computed."""
+    published = torchvision.models.get_model_weights(name).DEFAULT.meta
+    place = torch.device("meta")
+    with place:
+        encoder = Encoder(Whole(name), image_size=224).eval()
+    fused = torch.backends.mha.get_fastpath_enabled()
+    assert _multiply_adds(encoder, place)[""] / 1e9 == pytest.approx(published["_ops"], abs=6e-4)
+    assert torch.backends.mha.get_fastpath_enabled() == fused
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == published["num_params"]
+
+
+def test_attention_counts_on_the_processor_too() -> None:
+    """DeiT-Ti, Touvron et al. 2021, table 5: 5 million parameters; their 1.3 x 10^9 multiply-adds by hand."""
+    pytest.importorskip("timm")
+    encoder = Encoder(TimmBackbone("vit_tiny_patch16_224"), image_size=224)
+    tokens, width = 14 * 14 + 1, 192
+    block = tokens * width * (3 * width + width + 2 * 4 * width) + 2 * tokens**2 * width
+    found = measure_capacity(encoder, batches=(1,), seconds=0, layers=True)
+    assert found.multiply_adds == 14 * 14 * 16 * 16 * 3 * width + 12 * block
+    parts = {layer.name: layer for layer in found.layers}
+    assert parts["backbone.net.blocks.0"].multiply_adds == block
+    assert parts["backbone.net.blocks.0.attn"].multiply_adds == tokens * width * 4 * width + 2 * tokens**2 * width
+    assert found.parameters == pytest.approx(5.5e6, rel=0.01)
+
+
+def test_all_test_time_views_count() -> None:
+    plain, several = (
+        Encoder(ResNet("resnet10", stem="small", width=0.125), image_size=16, test_views=views)
+        for views in (None, {"count": 5})
+    )
+    one, many = (measure_capacity(encoder, batches=(1,), seconds=0) for encoder in (plain, several))
+    assert many.multiply_adds == 5 * one.multiply_adds
+
+
 def test_layers_add_up_and_speeds_are_measured() -> None:
     encoder = Encoder(ResNet("resnet10", stem="small", width=0.25), MLPHead(8), image_size=16)
     found = measure_capacity(encoder, batches=(1, 32), seconds=0.05, precision="bfloat16", layers=True)
@@ -74,3 +126,10 @@ def test_no_batch_is_an_error() -> None:
     encoder = Encoder(ResNet("resnet10", stem="small", width=0.125), image_size=8)
     with pytest.raises(ValueError, match=r"needs batches of at least one image, got \[0\]"):
         measure_capacity(encoder, batches=[0])
+
+
+@pytest.mark.parametrize("device", ["potato", "cuda:63"])
+def test_a_device_that_is_not_there_is_an_error(device) -> None:
+    encoder = Encoder(ResNet("resnet10", stem="small", width=0.125), image_size=8)
+    with pytest.raises(ValueError, match=f"There is no device '{device}' here .*; leave it out, or name cpu"):
+        measure_capacity(encoder, device=device)

@@ -438,6 +438,31 @@ def test_an_exported_file_minds_degradations_as_its_encoder_does(exported) -> No
     np.testing.assert_allclose(*both, atol=1e-5)
 
 
+def test_info_tells_size_and_speed_of_an_exported_file(exported, tmp_path, capsys) -> None:
+    encoder, path, _ = exported
+    for place in ("encoder", "exported"):
+        if place == "encoder":
+            encoder.save(tmp_path / place)
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / "model.onnx").write_bytes(path.read_bytes())
+    for given in (path, tmp_path / "exported"):
+        assert main(["info", str(given), "--batches", "1", "3", "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["megabytes"] == pytest.approx(path.stat().st_size / 1e6)
+        want = (encoder.dim, encoder.image_size, None, None)
+        assert tuple(document[name] for name in ("dim", "image_size", "parameters", "multiply_adds")) == want
+        assert [speed["batch"] for speed in document["speeds"]] == [1, 3]
+        assert all(speed["images_per_second"] > 0 for speed in document["speeds"])
+    assert main(["info", str(path), "--batches", "2"]) == 0
+    shown = f" MB, images of {encoder.image_size} px, {encoder.dim} numbers per embedding\n"
+    assert shown in capsys.readouterr().out
+    assert main(["info", str(tmp_path / "encoder"), "--batches", "1"]) == 0
+    assert "parameters" in capsys.readouterr().out, "the encoder rather than the export beside it"
+    for wrong in (["--layers"], ["--precision", "bfloat16"], ["--device", "cuda"]):
+        assert main(["info", str(path), *wrong]) == 1
+        assert "one piece that runs on the processor in float32. For layers" in capsys.readouterr().err
+
+
 def test_what_an_exported_file_cannot_do_says_so(exported, tmp_path, capsys) -> None:
     encoder, path, _ = exported
     Image.fromarray(pictures(1, encoder)[0].transpose(1, 2, 0)).save(tmp_path / "a.png")

@@ -5,17 +5,33 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from embedlab._machine import processor_name
+from embedlab.data.images import available_cores
 from embedlab.encoders.encoder import Encoder
+
+
+class ExportedFile(Protocol):
+    """An encoder in a file that another library runs, such as `embedlab.retrieval.OnnxEmbedder`."""
+
+    path: Path
+    image_size: int
+    channels: int
+    dim: int | None
+
+    def __call__(self, images: Any) -> Any:
+        """Images (B, C, image_size, image_size) of uint8 to vectors (B, D)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,9 +74,11 @@ class Capacity:
     """What an encoder costs.
 
     Args:
-        parameters: Weights, those of batch normalisation included; its running statistics are not.
-        megabytes: Size of the weights and running statistics in memory, 10^6 bytes.
-        multiply_adds: Of one image: convolutions, linear layers and matrix products.
+        parameters: Weights, those of batch normalisation included; its running statistics are not. None for an exported
+            file, which does not tell what has been folded into what.
+        megabytes: Size of the weights and running statistics in memory, or of the exported file; 10^6 bytes.
+        multiply_adds: Of one image with all its test-time views: convolutions, linear layers and matrix products, also
+            those of attention; recurrent layers are not counted. None for an exported file.
         dim: Numbers per embedding.
         image_size: Side of the input in pixels.
         device: What it was measured on.
@@ -70,9 +88,9 @@ class Capacity:
         layers: Every module, in the order of the network; empty unless asked for.
     """
 
-    parameters: int
+    parameters: int | None
     megabytes: float
-    multiply_adds: int
+    multiply_adds: int | None
     dim: int
     image_size: int
     device: str
@@ -87,9 +105,15 @@ class Capacity:
 
     def to_text(self) -> str:
         """A table for people."""
+        if self.parameters is None or self.multiply_adds is None:
+            size = f"a file of {self.megabytes:.1f} MB, images of {self.image_size} px"
+        else:
+            size = (
+                f"{self.parameters:,} parameters ({self.megabytes:.1f} MB), {self.multiply_adds / 1e6:,.1f} million "
+                f"multiply-adds per image of {self.image_size} px"
+            )
         lines = [
-            f"{self.parameters:,} parameters ({self.megabytes:.1f} MB), {self.multiply_adds / 1e6:,.1f} million "
-            f"multiply-adds per image of {self.image_size} px, {self.dim} numbers per embedding",
+            f"{size}, {self.dim} numbers per embedding",
             f"{self.device}, {self.threads} threads, {self.precision}",
             "",
             f"{'batch':>6}{'latency':>14}{'throughput':>18}{'peak memory':>16}",
@@ -109,7 +133,7 @@ class Capacity:
 
 
 def measure_capacity(
-    encoder: Encoder,
+    encoder: Encoder | ExportedFile,
     *,
     batches: Sequence[int] = (1, 64),
     seconds: float = 1.0,
@@ -120,12 +144,16 @@ def measure_capacity(
     """Count and measure an encoder, from uint8 images to embeddings; decoding files is not part of it.
 
     Args:
-        encoder: Is put into evaluation mode and on the device.
+        encoder: Is put into evaluation mode and on the device; or an exported file, which runs on the processor in
+            float32.
         batches: Images per call, each at least 1.
         seconds: Time to spend on each of them, after a warm-up; three calls at least.
         precision: "bfloat16" computes under autocast.
         device: None takes a GPU where there is one.
         layers: Also list every module.
+
+    Raises:
+        ValueError: No batch, a device that is not there, or what cannot be asked of an exported file.
 
     Example:
         >>> from embedlab.encoders import ResNet
@@ -135,7 +163,14 @@ def measure_capacity(
     """
     if not batches or min(batches) < 1:
         raise ValueError(f"measure_capacity needs batches of at least one image, got {list(batches)}.")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not isinstance(encoder, Encoder):
+        if layers or precision != "float32" or device not in (None, "cpu"):
+            raise ValueError(
+                f"{encoder.path} is an exported file: one piece that runs on the processor in float32. For layers, "
+                "bfloat16 or another device name the folder of the encoder that was exported."
+            )
+        return _measure_file(encoder, batches, seconds)
+    place = _place(device)
     encoder = encoder.to(place).eval()
     counted = _multiply_adds(encoder, place)
     state = encoder.state_dict().values()
@@ -148,12 +183,44 @@ def measure_capacity(
         device=_device_name(place),
         threads=torch.get_num_threads(),
         precision=precision,
-        speeds=tuple(_speed(encoder, batch, seconds, precision, place) for batch in batches),
+        speeds=tuple(_network_speed(encoder, batch, seconds, precision, place) for batch in batches),
         layers=_layers(encoder, counted) if layers else (),
     )
 
 
-def _images(encoder: Encoder, batch: int, place: torch.device) -> Tensor:
+def _measure_file(file: ExportedFile, batches: Sequence[int], seconds: float) -> Capacity:
+    speeds = []
+    for batch in batches:
+        images = _images(file, batch, torch.device("cpu")).numpy()
+        speeds.append(_speed(lambda images=images: file(images), batch, seconds, torch.device("cpu")))  # type: ignore[misc]
+    assert file.dim is not None, "known since the first call"
+    return Capacity(
+        parameters=None,
+        megabytes=file.path.stat().st_size / 1e6,
+        multiply_adds=None,
+        dim=file.dim,
+        image_size=file.image_size,
+        device=processor_name(),
+        threads=available_cores(),
+        precision="float32",
+        speeds=tuple(speeds),
+    )
+
+
+def _place(device: str | torch.device | None) -> torch.device:
+    """A device that is there; None is a GPU where there is one."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"There is no device {str(device)!r} here ({reason}); leave it out, or name cpu.") from error
+    return place
+
+
+def _images(encoder: Encoder | ExportedFile, batch: int, place: torch.device) -> Tensor:
     shape = (batch, encoder.channels, encoder.image_size, encoder.image_size)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(place)
 
@@ -161,12 +228,24 @@ def _images(encoder: Encoder, batch: int, place: torch.device) -> Tensor:
 def _multiply_adds(encoder: Encoder, place: torch.device) -> dict[str, int]:
     """Of one image, by module path; "" is the whole."""
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), _plain_attention(), counter:
         encoder(_images(encoder, 1, place))
     root = type(encoder).__name__
     counts = {name: sum(parts.values()) // 2 for name, parts in counter.get_flop_counts().items()}
     found = {name.removeprefix(f"{root}."): count for name, count in counts.items() if name.startswith(f"{root}.")}
     return found | {"": counter.get_total_flops() // 2}
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention as matrix products, which the counter knows; of the fused kernels it knows only those of GPUs."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _layers(encoder: Encoder, counted: dict[str, int]) -> tuple[Layer, ...]:
@@ -178,15 +257,22 @@ def _layers(encoder: Encoder, counted: dict[str, int]) -> tuple[Layer, ...]:
 
 
 @torch.inference_mode()
-def _speed(encoder: Encoder, batch: int, seconds: float, precision: str, place: torch.device) -> Speed:
+def _network_speed(encoder: Encoder, batch: int, seconds: float, precision: str, place: torch.device) -> Speed:
     images = _images(encoder, batch, place)
 
-    def call() -> float:
-        begun = time.perf_counter()
+    def call() -> None:
         with torch.autocast(place.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
             encoder(images)
-        if place.type == "cuda":
-            torch.cuda.synchronize(place)
+        if place.type != "cpu":
+            torch.accelerator.synchronize(place)
+
+    return _speed(call, batch, seconds, place)
+
+
+def _speed(run: Callable[[], object], batch: int, seconds: float, place: torch.device) -> Speed:
+    def call() -> float:
+        begun = time.perf_counter()
+        run()
         return time.perf_counter() - begun
 
     call()
