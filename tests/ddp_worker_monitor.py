@@ -17,8 +17,8 @@ from embedlab.retrieval.monitor import Monitor
 WORLD = 2
 
 
-def source(images: int = 67, *, labels: bool = True) -> Source:
-    """Five classes that differ in colour, with noise; an odd number, so that no two ranks share it evenly."""
+def source(images: int = 68, *, labels: bool = True) -> Source:
+    """Five classes that differ in colour, with noise; 45 are held out, which no two ranks share evenly."""
     random = np.random.default_rng(0)
     numbers = np.arange(images) % 5
     pixels = random.integers(30, 226, (5, 1, 1, 3))[numbers] + random.normal(0, 40, (images, 8, 8, 3))

@@ -1,5 +1,6 @@
 """What comes in: NumPy or torch, numbers or strings; what the metrics work on: checked NumPy arrays."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,3 +81,19 @@ def encode_together(first: Array, second: Array, names: str) -> tuple[Integers, 
     classes, codes = np.unique(np.concatenate([first, second]), return_inverse=True)
     codes = codes.astype(np.int64)
     return codes[: len(first)], codes[len(first) :], classes
+
+
+def digest(*arrays: Array | None) -> str:
+    """BLAKE2b of types, shapes and values."""
+    hashed = hashlib.blake2b(digest_size=32)
+    for array in arrays:
+        if array is None:
+            hashed.update(b"none")
+            continue
+        hashed.update(f"{array.dtype.str} {array.shape}".encode())
+        step = max(
+            1, (32 << 20) * len(array) // max(1, array.nbytes)
+        )  # a slice of columns is copied, some rows at a time
+        for start in range(0, len(array), step):
+            hashed.update(np.ascontiguousarray(array[start : start + step]).data)
+    return hashed.hexdigest()

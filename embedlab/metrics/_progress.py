@@ -20,10 +20,11 @@ class Progress:
         path: The file; it need not exist.
         values: Name to array; filled in place with what the file holds.
         digest: Of everything that decides the values.
+        total: How many entries will be filled.
     """
 
-    def __init__(self, path: Path, values: dict[str, Floats], digest: str) -> None:
-        self.path, self.values, self.digest = path, values, digest
+    def __init__(self, path: Path, values: dict[str, Floats], digest: str, total: int) -> None:
+        self.path, self.values, self.digest, self.total = path, values, digest, total
         self.done = 0
         self._saved = time.monotonic()
         if not path.exists():
@@ -49,8 +50,7 @@ class Progress:
     def advance(self, count: int) -> None:
         """Count `count` more entries as filled, and save from time to time and at the end."""
         self.done += count
-        total = max(len(array) for array in self.values.values())
-        if self.done < total and time.monotonic() - self._saved < SAVE_SECONDS:
+        if self.done < self.total and time.monotonic() - self._saved < SAVE_SECONDS:
             return
         fields: dict[str, Any] = {"digest": np.array(self.digest), "done": np.array(self.done), **self.values}
         part = self.path.with_name(self.path.name + ".part")

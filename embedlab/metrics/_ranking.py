@@ -6,8 +6,8 @@ Wherever float32 cannot tell two candidates apart, float64 decides, and where it
 it took, the whole row is ranked in float64. Memory is bounded by `BUDGET`, not by the number of pairs.
 """
 
-import hashlib
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from embedlab.metrics._arrays import Array, Booleans, Floats, Integers, as_array, as_labels, encode_together
+from embedlab.metrics._arrays import Array, Booleans, Floats, Integers, as_array, as_labels, digest, encode_together
+from embedlab.metrics._share import Share
+from embedlab.metrics._threads import in_threads
 
 BUDGET = 32 << 20  # bytes that one block of scores or gathered rows may take
 DECIMALS = 12  # far above float64 rounding of a cosine, far below any difference that carries meaning
-PANEL = 1 << 16  # reference rows multiplied at a time
+PANEL = 1 << 15  # reference rows multiplied at a time in float32, and twice as many in bfloat16
+ROWS = 128  # queries that one core ranks at a time: with fewer a product is slow, with more its result leaves the cache
 CHUNK = 8192  # queries at a time, at most
 SLACK = 16  # candidates beyond those asked for, so that a tie at the cut rarely needs the whole row
 SHALLOW = 1024  # deeper rankings sort whole rows: faster from about here on
@@ -77,7 +80,8 @@ class Search:
         self.reference = reference
         self._single: NDArray[np.float32] | None = None
         self._screen: Screen | None = None
-        self._screens = len(reference) >= SCREEN_FROM  # until it turns out that a screen lets too much through
+        self._asked = self._refused = 0  # queries that the screen was tried on, and those it let too much through for
+        self._local = threading.local()
         # Worst case: a float32 dot product of D terms is off by at most D u, rounding its inputs adds 2 u (Higham
         # 2002, section 3.1; u = 2^-24), and an order compares two of them.
         self.tolerance = 2 * (reference.dim + 2) * 2.0**-24
@@ -92,18 +96,50 @@ class Search:
         np.round(scores, DECIMALS, out=scores)
         return scores
 
-    def nearest(self, query: Floats, count: int) -> tuple[Integers, Floats]:
+    def prepare(self, queries: int) -> None:
+        """Make, before several threads use it, what pays for so many queries."""
+        if self._single is not None:
+            return
+        self._single = np.empty((len(self.reference), self.reference.dim), dtype=np.float32)
+        step = max(1, BUDGET // (32 * self.reference.dim))
+        for start in range(0, len(self.reference), step):
+            rows = slice(start, start + step)
+            self._single[rows] = self.reference.unit(rows)
+        if len(self.reference) >= SCREEN_FROM:
+            torch = _bfloat16_torch(queries * len(self.reference) * self.reference.dim)
+            self._screen = None if torch is None else Screen(torch, self._single)
+
+    def nearest(self, query: Floats, count: int, *, ordered: bool = True) -> tuple[Integers, Floats]:
         """The `count` nearest reference rows of unit queries (n, D), nearest first.
+
+        Args:
+            query: Unit vectors.
+            count: At most as many as there are reference rows.
+            ordered: False settles only which rows they are; those that float32 cannot tell apart may change places.
 
         Returns:
             Row numbers (n, count) and cosines (n, count); a cosine that nothing depends on has float32 precision.
         """
+        self.prepare(len(query))
+        ids, scores = np.empty((len(query), count), dtype=np.int64), np.empty((len(query), count))
+
+        def rank(rows: slice) -> None:
+            ids[rows], scores[rows] = self._nearest(query[rows], count, ordered)
+
+        for _ in in_threads(rank, blocks(len(query), ROWS)):
+            pass
+        return ids, scores
+
+    def _nearest(self, query: Floats, count: int, ordered: bool) -> tuple[Integers, Floats]:
         total = len(self.reference)
         taken = min(total, count + SLACK)
         found, ids = self._candidates(query.astype(np.float32), taken)
         scores = found.astype(np.float64)
         close = scores[:, :-1] - scores[:, 1:] <= self.tolerance
-        self._settle(query, ids, scores, close)
+        if not ordered and taken > count:
+            close &= close[:, count - 1 : count]
+        if ordered or taken > count:
+            self._settle(query, ids, scores, close)
         if taken < total:
             unsure = np.flatnonzero(found[:, count - 1] - found[:, -1] <= self.tolerance)
             step = max(1, BUDGET // (8 * total))
@@ -115,54 +151,46 @@ class Search:
 
     def _candidates(self, query: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], Integers]:
         """The `count` largest float32 cosines of each query and whose they are, both (n, count), nearest first."""
-        single = self._reference_in_single()
+        single = self._in_single
         found, ids = np.empty((len(query), count), dtype=np.float32), np.empty((len(query), count), dtype=np.int64)
         left = np.arange(len(query))
-        if self._screens and STRIDE * 4 * count <= len(single):
-            left = self._screened(query, found, ids)
-        width = min(PANEL, len(single))
-        step = min(len(query), max(1, BUDGET // (4 * width)))
-        buffer = np.empty(step * width if len(left) else 0, dtype=np.float32)  # fresh memory costs as much as a product
-        for start in range(0, len(left), step):
-            rows = left[start : start + step]
-            parts = []
-            for first in range(0, len(single), width):
-                panel = single[first : first + width]
-                part = query[rows]
-                scores = buffer[: len(part) * len(panel)].reshape(len(part), len(panel))
-                best, place = _largest(np.matmul(part, panel.T, out=scores), count)
-                parts.append((best, place + first))
-            best, place = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
-            order = _top(best, count)
-            found[rows], ids[rows] = np.take_along_axis(best, order, axis=1), np.take_along_axis(place, order, axis=1)
+        # a screen goes where it lets too much through for most queries
+        if self._screen and STRIDE * 4 * count <= len(single) and 2 * self._refused <= self._asked:
+            left = self._screened(self._screen, query, found, ids)
+        if not len(left):
+            return found, ids
+        parts = []
+        buffer = self._buffer(len(left) * min(PANEL, len(single)))
+        for panel in blocks(len(single), PANEL):
+            part = single[panel]
+            scores = buffer[: len(left) * len(part)].reshape(len(left), len(part))
+            best, place = _largest(np.matmul(query[left], part.T, out=scores), count)
+            parts.append((best, place + panel.start))
+        best, place = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        order = _top(best, count)
+        found[left], ids[left] = np.take_along_axis(best, order, axis=1), np.take_along_axis(place, order, axis=1)
         return found, ids
 
-    def _screened(self, query: NDArray[np.float32], found: NDArray[np.float32], ids: Integers) -> Integers:
+    def _screened(
+        self, screen: "Screen", query: NDArray[np.float32], found: NDArray[np.float32], ids: Integers
+    ) -> Integers:
         """Fill `found` and `ids` for all queries that a bfloat16 screen helps, and return the numbers of the others."""
-        if self._screen is None:
-            torch = _bfloat16_torch(len(query) * len(self.reference) * self.reference.dim)
-            self._screens = torch is not None
-            if torch is None:
-                return np.arange(len(query))
-            self._screen = Screen(torch, self._reference_in_single())
-        left = []
-        most = len(self.reference) // (2 * STRIDE)  # gathering more rows costs more than multiplying all of them
-        for rows, places in self._screen.pass_on(query, found.shape[1], most):
-            usable = rows[np.count_nonzero(places >= 0, axis=1) >= found.shape[1]]
-            left.append(np.setdiff1d(rows, usable))
-            if not len(usable):
-                continue
-            places = places[np.searchsorted(rows, usable)]
+        count = found.shape[1]
+        # gathering more rows costs more than multiplying all of them
+        places = screen.pass_on(query, count, len(self.reference) // (2 * STRIDE))
+        usable = np.count_nonzero(places >= 0, axis=1) >= count
+        self._asked += len(query)
+        self._refused += int((~usable).sum())
+        if usable.any():
+            places = places[usable]
             scores = self._among(query[usable], places)
-            order = _top(scores, found.shape[1])
+            order = _top(scores, count)
             found[usable], ids[usable] = (np.take_along_axis(part, order, axis=1) for part in (scores, places))
-        rest = np.concatenate(left)
-        self._screens = 2 * len(rest) <= len(query)
-        return rest
+        return np.flatnonzero(~usable)
 
     def _among(self, query: NDArray[np.float32], places: Integers) -> NDArray[np.float32]:
         """float32 cosines of each query with its own reference rows `places` (n, c); -inf where a place is -1."""
-        single = self._reference_in_single()
+        single = self._in_single
         scores = np.empty(places.shape, dtype=np.float32)
         step = max(1, GATHER // (4 * single.shape[1] * max(1, places.shape[1])))
         for start in range(0, len(places), step):
@@ -171,14 +199,24 @@ class Search:
         scores[places < 0] = -np.inf
         return scores
 
-    def _reference_in_single(self) -> NDArray[np.float32]:
-        if self._single is None:
-            self._single = np.empty((len(self.reference), self.reference.dim), dtype=np.float32)
-            step = max(1, BUDGET // (32 * self.reference.dim))
-            for start in range(0, len(self.reference), step):
-                rows = slice(start, start + step)
-                self._single[rows] = self.reference.unit(rows)
+    def _buffer(self, size: int) -> NDArray[np.float32]:
+        """Room for scores, one for each thread: fresh memory costs a quarter of what a product does."""
+        held: NDArray[np.float32] | None = getattr(self._local, "buffer", None)
+        if held is None or len(held) < size:
+            held = self._local.buffer = np.empty(size, dtype=np.float32)
+        return held
+
+    @property
+    def _in_single(self) -> NDArray[np.float32]:
+        assert self._single is not None, "prepare comes first"
         return self._single
+
+    def exact(self, query: Floats, row: Integers, chosen: Integers) -> Floats:
+        """Cosines of query[row] with reference[chosen], (n,) float64, rounded so that ties are ties."""
+        exact = np.empty(len(row))
+        for block in blocks(len(row), max(1, GATHER // (8 * self.reference.dim))):
+            np.einsum("nd,nd->n", query[row[block]], self.reference.unit(chosen[block]), out=exact[block])
+        return exact.round(DECIMALS)
 
     def _settle(self, query: Floats, ids: Integers, scores: Floats, close: Booleans) -> None:
         """Order in place, by float64 and then by index, each run of candidates that float32 cannot tell apart."""
@@ -188,12 +226,7 @@ class Search:
             return
         run = np.hstack([edge, ~close]).cumsum(axis=1)[row, column]
         chosen = ids[row, column]
-        exact = np.empty(len(row))
-        step = max(1, BUDGET // (32 * self.reference.dim))
-        for start in range(0, len(row), step):
-            block = slice(start, start + step)
-            exact[block] = np.einsum("nd,nd->n", query[row[block]], self.reference.unit(chosen[block]))
-        exact = exact.round(DECIMALS)
+        exact = self.exact(query, row, chosen)
         order = np.lexsort((chosen, -exact, run, row))
         ids[row, column], scores[row, column] = chosen[order], exact[order]
 
@@ -229,48 +262,49 @@ class Screen:
         residual: Floats = np.sqrt(np.einsum("nd,nd->n", difference, difference)).astype(np.float64) * (1 + 1e-5)
         return residual
 
-    def pass_on(self, query: NDArray[np.float32], count: int, most: int) -> Iterator[tuple[Integers, Integers]]:
-        """For some queries at a time: their numbers (n,), and candidates (n, c) with -1 in between.
+    def pass_on(self, query: NDArray[np.float32], count: int, most: int) -> Integers:
+        """Candidates of each query (n, D): (n, c) row numbers, with -1 in between.
 
         A query with more than `most` candidates, or whose nearest are not even at an acute angle, gets none.
         """
         total, dim = self.reference.shape
-        width = min(PANEL, total)
-        step = max(1, BUDGET // (4 * width))
-        buffer = self.torch.empty(min(step, len(query)) * width, dtype=self.torch.bfloat16)
+        width = min(2 * PANEL, total)
+        buffer = self.torch.empty(len(query) * width, dtype=self.torch.bfloat16)
         rounded = self.torch.from_numpy(query).bfloat16()
         own = self._residual(query, rounded)
         slack = own * (1 + self.residual) + self.residual
         slack += 4 * (dim + 2) * 2.0**-24 * (1 + own) * (1 + self.residual)
-        for start in range(0, len(query), step):
-            block = slice(start, start + step)
-            part = rounded[block]
-            threshold, refused = np.zeros(len(part), dtype=np.int16), np.zeros(len(part), dtype=np.bool_)
-            sizes = np.zeros(len(part), dtype=np.int64)
-            hits = []
-            for first in range(0, total, width):
-                panel = self.reference[first : first + width]
-                scores = buffer[: len(part) * len(panel)].view(len(part), len(panel))
-                self.torch.matmul(part, panel.T, out=scores)
-                # as integers, positive bfloat16 are in order and negative ones are below all of them
-                keys = scores.view(self.torch.int16).numpy()
-                np.maximum(threshold, _lower_bound(keys, count), out=threshold)
-                cut = _cut(threshold, slack[block])
-                refused |= cut <= 0
-                row, column = _passing(keys, cut, refused, most)
-                hits.append((row, column + first, keys[row, column]))
-                sizes += np.bincount(row, minlength=len(part))
-                refused |= sizes > 2 * most  # many panels with many hits each
-            row, column, key = (np.concatenate(side) for side in zip(*hits, strict=True))
-            order = np.flatnonzero(~refused[row])
-            order = order[np.argsort(row[order], kind="stable")]
-            places, found = (_padded(row[order], side[order], len(part)) for side in (column, key))
-            if places.shape[1] >= count:  # now that all panels are seen, the threshold itself
-                place = found.shape[1] - count
-                cut = _cut(np.partition(found, place, axis=1)[:, place], slack[block])
-                places[found < cut[:, None]] = -1
-            places[np.count_nonzero(places >= 0, axis=1) > most] = -1
-            yield np.arange(start, start + len(part)), places
+        threshold, refused = np.zeros(len(query), dtype=np.int16), np.zeros(len(query), dtype=np.bool_)
+        sizes = np.zeros(len(query), dtype=np.int64)
+        hits = []
+        for panel in blocks(total, width):
+            part = self.reference[panel]
+            scores = buffer[: len(query) * len(part)].view(len(query), len(part))
+            self.torch.matmul(rounded, part.T, out=scores)
+            # as integers, positive bfloat16 are in order and negative ones are below all of them
+            keys = scores.view(self.torch.int16).numpy()
+            np.maximum(threshold, _lower_bound(keys, count), out=threshold)
+            cut = _cut(threshold, slack)
+            refused |= cut <= 0
+            row, column = _passing(keys, cut, refused, most)
+            hits.append((row, column + panel.start, keys[row, column]))
+            sizes += np.bincount(row, minlength=len(query))
+            refused |= sizes > 2 * most  # many panels with many hits each
+        row, column, key = (np.concatenate(side) for side in zip(*hits, strict=True))
+        order = np.flatnonzero(~refused[row])
+        order = order[np.argsort(row[order], kind="stable")]
+        places, found = (_padded(row[order], side[order], len(query)) for side in (column, key))
+        if places.shape[1] >= count:  # now that all panels are seen, the threshold itself
+            place = found.shape[1] - count
+            cut = _cut(np.partition(found, place, axis=1)[:, place], slack)
+            places[found < cut[:, None]] = -1
+        places[np.count_nonzero(places >= 0, axis=1) > most] = -1
+        return places
+
+
+def blocks(total: int, step: int) -> list[slice]:
+    """Cut `total` rows into runs of `step`, the last one shorter."""
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
 def _widened(keys: Array) -> NDArray[np.float32]:
@@ -330,7 +364,8 @@ def _bfloat16_torch(work: float) -> Any:
         import torch
     except ImportError:
         return None
-    return torch if torch.cpu.get_capabilities().get("amx_bf16") else None
+    able = torch.cpu.get_capabilities()
+    return torch if able.get("amx_bf16") or able.get("avx512_bf16") else None
 
 
 def _top(scores: NDArray[np.float32], count: int) -> Integers:
@@ -403,7 +438,14 @@ class Problem:
     """Queries, the reference they are ranked against, and who may not be a candidate of whom."""
 
     def __init__(
-        self, query: Any, query_labels: Any, *, reference: Any = None, reference_labels: Any = None, groups: Any = None
+        self,
+        query: Any,
+        query_labels: Any,
+        *,
+        reference: Any = None,
+        reference_labels: Any = None,
+        groups: Any = None,
+        over_ranks: bool = False,
     ) -> None:
         self.leave_one_out = reference is None
         if self.leave_one_out != (reference_labels is None):
@@ -426,6 +468,7 @@ class Problem:
         self.query_groups, self.reference_groups = self._groups(groups)
         self.total, self.candidates = self._counts()
         self.search = Search(self.reference)
+        self.share = Share(over_ranks=over_ranks)
 
     def _groups(self, groups: Any) -> tuple[Integers | None, Integers | None]:
         if groups is None:
@@ -459,24 +502,15 @@ class Problem:
         own = np.bincount(codes[: len(self.reference)], minlength=len(pairs))[codes[len(self.reference) :]]
         return total - own, candidates - excluded
 
-    def digest(self, depth: Integers) -> str:
-        """BLAKE2b of all that decides the answer: vectors, labels, groups, depth."""
-        digest = hashlib.blake2b(digest_size=32)
-        parts = [self.query.values, self.query_codes, self.query_groups, depth]
+    def digest(self, *settings: Array) -> str:
+        """Of all that decides what is found: vectors, labels, groups, settings."""
+        parts = [self.query.values, self.query_codes, self.query_groups, *settings]
         if not self.leave_one_out:
             parts += [self.reference.values, self.reference_codes, self.reference_groups]
-        for part in parts:
-            if part is None:
-                digest.update(b"none")
-                continue
-            digest.update(f"{part.dtype.str} {part.shape}".encode())
-            step = max(1, BUDGET * len(part) // max(1, part.nbytes))
-            for start in range(0, len(part), step):
-                digest.update(np.ascontiguousarray(part[start : start + step]).data)
-        return digest.hexdigest()
+        return digest(*parts)
 
     def matches(self, depth: Integers, done: int = 0) -> Iterator[Matches]:
-        """Find the matches of all queries, some queries at a time, in an order that only the inputs decide.
+        """Find the matches of this rank's queries, some at a time, in an order that only the inputs decide.
 
         Args:
             depth: (Q,) how many places of each query's ranking are wanted.
@@ -484,7 +518,8 @@ class Problem:
         """
         depth = np.minimum(depth, self.candidates)
         want = depth + len(self.reference) - self.candidates  # those excluded may stand anywhere before
-        order = np.argsort(want, kind="stable")  # queries of like depth together: a deep one costs only itself
+        # queries of like depth together: a deep one costs only itself
+        order = np.argsort(want, kind="stable")[self.share.mine]
         with tqdm(
             total=len(order), initial=done, desc="ranking", unit="query", delay=3, leave=False, disable=None
         ) as bar:
@@ -511,6 +546,7 @@ class Problem:
         return np.zeros((len(rows), ids.shape[1]), dtype=np.bool_)
 
     def _shallow(self, rows: Integers, depth: Integers, count: int) -> Matches:
+        self.search.prepare(len(self.query))
         ids, _ = self.search.nearest(self.query.unit(rows), count)
         allowed = ~self._excluded(rows, ids)
         rank = allowed.cumsum(axis=1, dtype=np.int32)

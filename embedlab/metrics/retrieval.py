@@ -14,7 +14,8 @@ import numpy as np
 
 from embedlab.metrics._arrays import Booleans, Floats, Integers
 from embedlab.metrics._progress import Progress
-from embedlab.metrics._ranking import BUDGET, Matches, Problem, Rows, Search
+from embedlab.metrics._ranking import BUDGET, DECIMALS, ROWS, Matches, Problem, Rows, Search, blocks
+from embedlab.metrics._threads import in_threads
 
 Empty = Literal["skip", "zero", "error"]
 
@@ -52,6 +53,7 @@ def retrieval_report(
     k: Sequence[int] = (1, 5, 10),
     empty: Empty = "skip",
     groups: Any = None,
+    over_ranks: bool = False,
     state: str | Path | None = None,
 ) -> RetrievalReport:
     """Compute recall at each k, R-precision and MAP@R in one pass over the neighbours.
@@ -64,6 +66,7 @@ def retrieval_report(
         k: Depths of recall@k.
         empty: See `recall_at_k`.
         groups: See `recall_at_k`.
+        over_ranks: See `recall_at_k`.
         state: File that keeps the progress of hours of ranking, written about once a minute and when all is done. A
             call with the same inputs goes on from there.
 
@@ -76,7 +79,7 @@ def retrieval_report(
         {'recall_at_1': 1.0, 'r_precision': 1.0, 'map_at_r': 1.0}
     """
     depths = [_checked_depth(depth, "retrieval_report") for depth in k]
-    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty, over_ranks)
     measures: dict[str, Callable[[Matches], Floats]] = {
         f"recall_at_{depth}": partial(_recall, k=depth) for depth in depths
     }
@@ -100,6 +103,7 @@ def recall_at_k(
     k: int = 1,
     empty: Empty = "skip",
     groups: Any = None,
+    over_ranks: bool = False,
 ) -> float:
     """Share of queries with at least one match among their k nearest: "recall@k" of the metric-learning papers.
 
@@ -116,6 +120,8 @@ def recall_at_k(
         groups: A candidate of the query's own group is left out (frames of one track, shots of one shelf): (Q,) for
             leave-one-out, a pair ((Q,), (N,)) with a reference. For the rule of person re-identification, which
             leaves out the same person under the same camera only, give groups such as "person/camera".
+        over_ranks: True shares the queries out among the ranks of torch.distributed: all ranks call with the same
+            arrays (see `each_sample_once`) and all get the figure of one process.
 
     Raises:
         ValueError: Shapes or labels that do not fit, a NaN or zero vector, no query with a match under "skip".
@@ -125,7 +131,7 @@ def recall_at_k(
         0.5
     """
     k = _checked_depth(k, "recall_at_k")
-    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty, over_ranks)
     return _single(problem, partial(_recall, k=k), np.full(len(problem.query), k), empty)
 
 
@@ -138,6 +144,7 @@ def precision_at_k(
     k: int = 1,
     empty: Empty = "skip",
     groups: Any = None,
+    over_ranks: bool = False,
 ) -> float:
     """Mean share of matches among the k nearest; at k = 1 the same as recall@1.
 
@@ -149,12 +156,13 @@ def precision_at_k(
         k: How many neighbours are looked at; must not exceed the candidates of any query.
         empty: What becomes of a query without a match.
         groups: Candidates of the query's own group are left out.
+        over_ranks: Shares the work out among ranks.
 
     Raises:
         ValueError: As `recall_at_k`, and for k above the number of candidates.
     """
     k = _checked_depth(k, "precision_at_k")
-    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty, over_ranks)
     fewest = int(problem.candidates.argmin())
     if k > problem.candidates[fewest]:
         raise ValueError(
@@ -173,6 +181,7 @@ def r_precision(
     k: int | None = None,
     empty: Empty = "skip",
     groups: Any = None,
+    over_ranks: bool = False,
 ) -> float:
     """Mean share of matches among the R nearest, R being the number of matches that the query has.
 
@@ -184,11 +193,12 @@ def r_precision(
         k: Depth of the search; None is as deep as needed, and less than the largest R is refused.
         empty: What becomes of a query without a match.
         groups: Candidates of the query's own group are left out.
+        over_ranks: Shares the work out among ranks.
 
     Raises:
         ValueError: As `recall_at_k`, and for k below the largest R.
     """
-    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty, over_ranks)
     _refuse_shallow(problem, k, "r_precision")
     return _single(problem, _r_precision, problem.total, empty)
 
@@ -202,6 +212,7 @@ def map_at_r(
     k: int | None = None,
     empty: Empty = "skip",
     groups: Any = None,
+    over_ranks: bool = False,
 ) -> float:
     """MAP@R, Musgrave et al. 2020, eq. 3 and 4 (https://arxiv.org/abs/2003.08505).
 
@@ -216,11 +227,12 @@ def map_at_r(
         k: Depth of the search; None is as deep as needed, and less than the largest R is refused.
         empty: What becomes of a query without a match.
         groups: Candidates of the query's own group are left out.
+        over_ranks: Shares the work out among ranks.
 
     Raises:
         ValueError: As `recall_at_k`, and for k below the largest R.
     """
-    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty, over_ranks)
     _refuse_shallow(problem, k, "map_at_r")
     return _single(problem, _map_at_r, problem.total, empty)
 
@@ -234,6 +246,7 @@ def mean_average_precision(
     k: int | None = None,
     empty: Empty = "skip",
     groups: Any = None,
+    over_ranks: bool = False,
 ) -> float:
     """Mean over queries of average precision: of the precision at the place of each match.
 
@@ -246,11 +259,12 @@ def mean_average_precision(
             https://arxiv.org/abs/2004.01804): places beyond k count nothing, divided by min(R, k).
         empty: What becomes of a query without a match.
         groups: Candidates of the query's own group are left out.
+        over_ranks: Shares the work out among ranks.
 
     Raises:
         ValueError: As `recall_at_k`.
     """
-    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty, over_ranks)
     depth = len(problem.reference) if k is None else _checked_depth(k, "mean_average_precision")
     return _single(problem, partial(_average_precision, k=depth), np.full(len(problem.query), depth), empty)
 
@@ -264,6 +278,7 @@ def mean_reciprocal_rank(
     k: int | None = None,
     empty: Empty = "skip",
     groups: Any = None,
+    over_ranks: bool = False,
 ) -> float:
     """Mean over queries of 1 / the place of the first match.
 
@@ -275,6 +290,7 @@ def mean_reciprocal_rank(
         k: None ranks the whole reference. With a number, a first match beyond place k counts 0 (MRR@k).
         empty: What becomes of a query without a match.
         groups: Candidates of the query's own group are left out.
+        over_ranks: Shares the work out among ranks.
 
     Raises:
         ValueError: As `recall_at_k`.
@@ -283,7 +299,7 @@ def mean_reciprocal_rank(
         >>> mean_reciprocal_rank([[1, 0]], ["a"], [[9, 1], [9, 2], [0, 1]], ["b", "a", "a"])
         0.5
     """
-    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty, over_ranks)
     depth = len(problem.reference) if k is None else _checked_depth(k, "mean_reciprocal_rank")
     return _single(problem, _reciprocal_rank, np.full(len(problem.query), depth), empty)
 
@@ -297,6 +313,7 @@ def ndcg_at_k(
     k: int | None = None,
     empty: Empty = "skip",
     groups: Any = None,
+    over_ranks: bool = False,
 ) -> float:
     """Normalised discounted cumulative gain, Jarvelin and Kekalainen 2002, with a match as gain 1.
 
@@ -310,6 +327,7 @@ def ndcg_at_k(
         k: How many places count; None is all of them.
         empty: What becomes of a query without a match.
         groups: Candidates of the query's own group are left out.
+        over_ranks: Shares the work out among ranks.
 
     Raises:
         ValueError: As `recall_at_k`.
@@ -318,7 +336,7 @@ def ndcg_at_k(
         >>> round(ndcg_at_k([[1, 0]], ["a"], [[9, 1], [9, 2], [0, 1]], ["b", "a", "b"]), 4)
         0.6309
     """
-    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty, over_ranks)
     depth = len(problem.reference) if k is None else _checked_depth(k, "ndcg_at_k")
     depth = min(depth, len(problem.reference))
     return _single(problem, partial(_ndcg, k=depth), np.full(len(problem.query), depth), empty)
@@ -333,6 +351,7 @@ def cmc(
     k: int = 20,
     empty: Empty = "skip",
     groups: Any = None,
+    over_ranks: bool = False,
 ) -> Floats:
     """Cumulative match characteristic: recall@1, recall@2, ..., recall@k in one pass.
 
@@ -344,6 +363,7 @@ def cmc(
         k: The last rank of the curve.
         empty: What becomes of a query without a match.
         groups: Candidates of the query's own group are left out.
+        over_ranks: Shares the work out among ranks.
 
     Returns:
         (k,) shares of queries whose first match stands at place 1, 2, ..., k or before.
@@ -356,7 +376,7 @@ def cmc(
         [0.0, 1.0, 1.0]
     """
     k = _checked_depth(k, "cmc")
-    problem = _problem(query, query_labels, reference, reference_labels, groups, empty)
+    problem = _problem(query, query_labels, reference, reference_labels, groups, empty, over_ranks)
     inverse = _measure(problem, {"value": _reciprocal_rank}, np.full(len(problem.query), k), empty)["value"]
     counted = inverse[~np.isnan(inverse)]
     places = np.rint(1 / counted[counted > 0]).astype(np.int64)
@@ -373,6 +393,7 @@ def knn_accuracy(
     k: int = 200,
     temperature: float = 0.1,
     same_rows: bool = False,
+    over_ranks: bool = False,
 ) -> float:
     """Accuracy of the weighted k-nearest-neighbour vote, Wu et al. 2018, section 3.4 (https://arxiv.org/abs/1805.01978).
 
@@ -387,6 +408,7 @@ def knn_accuracy(
         k: Voters per test sample; more than there are means all.
         temperature: Divides the cosine; no unit, > 0. Wu et al. use 0.07.
         same_rows: Row i of test and train is the same sample, seen under other conditions: it has no vote for itself.
+        over_ranks: See `recall_at_k`.
 
     Raises:
         ValueError: Shapes or labels that do not fit, a NaN or zero vector, k or temperature not above 0.
@@ -395,8 +417,8 @@ def knn_accuracy(
         >>> knn_accuracy([[1, 0], [0, 1]], ["a", "b"], [[2, 1], [1, 3]], ["a", "b"], k=1)
         1.0
     """
-    hits = knn_hits(train, train_labels, test, test_labels, k=k, temperature=temperature, same_rows=same_rows)
-    return float(hits.mean())
+    settings: dict[str, Any] = {"k": k, "temperature": temperature, "same_rows": same_rows, "over_ranks": over_ranks}
+    return float(knn_hits(train, train_labels, test, test_labels, **settings).mean())
 
 
 def knn_hits(
@@ -408,6 +430,7 @@ def knn_hits(
     k: int = 200,
     temperature: float = 0.1,
     same_rows: bool = False,
+    over_ranks: bool = False,
 ) -> Booleans:
     """Whether the vote of `knn_accuracy` is right, test sample by test sample: what `bootstrap_interval` wants.
 
@@ -419,6 +442,7 @@ def knn_hits(
         k: Voters per test sample.
         temperature: Divides the cosine.
         same_rows: Row i of test and train is the same sample.
+        over_ranks: See `recall_at_k`.
 
     Raises:
         ValueError: As `knn_accuracy`.
@@ -431,27 +455,60 @@ def knn_hits(
     if not temperature > 0:
         raise ValueError(f"knn_accuracy needs temperature > 0, got {temperature}; usual values are 0.07 and 0.1.")
     if test is None:
-        problem = Problem(train, train_labels)
+        problem = Problem(train, train_labels, over_ranks=over_ranks)
     else:
-        problem = Problem(test, test_labels, reference=train, reference_labels=train_labels)
-    leave_one_out = problem.leave_one_out or same_rows
+        problem = Problem(test, test_labels, reference=train, reference_labels=train_labels, over_ranks=over_ranks)
+    own = problem.leave_one_out or same_rows
     if same_rows and len(problem.query) != len(problem.reference):
         raise ValueError(
             f"same_rows says that test and train are the same samples in the same order, but they are "
             f"{len(problem.query)} and {len(problem.reference)}."
         )
-    k, classes = min(k, len(problem.reference) - leave_one_out), len(problem.classes)
+    k = min(k, len(problem.reference) - own)
     if k < 1:
         raise ValueError("knn_accuracy by leave-one-out needs at least 2 samples, got 1.")
-    right = np.empty(len(problem.query), dtype=np.bool_)
-    step = int(np.clip(BUDGET // (16 * max(k, classes, problem.query.dim)), 1, 8192))
-    for rows, ids, scores in _nearest(problem.query, problem.search, k, leave_one_out, step):
-        # relative to the nearest: exp(1 / temperature) overflows for small temperatures
-        weights = np.exp((scores - scores[:, :1]) / temperature)
-        ballot = np.arange(len(ids))[:, None] * classes + problem.reference_codes[ids]
-        votes = np.bincount(ballot.ravel(), weights=weights.ravel(), minlength=len(ids) * classes)
-        right[rows] = votes.reshape(-1, classes).argmax(axis=1) == problem.query_codes[rows]
-    return right
+    problem.share.refuse_different(lambda: problem.digest(np.array([k, temperature, own])))
+    problem.search.prepare(len(problem.query))
+    right = np.zeros(len(problem.query), dtype=np.uint8)
+    step = int(np.clip(BUDGET // (16 * len(problem.classes)), 1, ROWS))
+
+    def vote(rows: slice) -> None:
+        right[rows] = _elected(problem, rows, k, temperature, own=own) == problem.query_codes[rows]
+
+    for _ in in_threads(vote, blocks(len(right), step)[problem.share.mine]):
+        pass
+    return problem.share.add(right).astype(np.bool_)
+
+
+def _elected(problem: Problem, rows: slice, k: int, temperature: float, *, own: bool) -> Integers:
+    """Class that the k nearest neighbours of each of some queries vote for, (n,)."""
+    query = problem.query.unit(rows)
+    # who votes matters, in which order does not; without itself, the last of equal rows is the one to go
+    ids, scores = problem.search.nearest(query, k + own, ordered=own)
+    if own:
+        ids, scores = _without_itself(ids, scores, first=rows.start)
+    codes, classes = problem.reference_codes[ids], len(problem.classes)
+    votes = _votes(codes, scores, temperature, classes)
+    elected: Integers = votes.argmax(axis=1)
+    everyone = np.arange(len(votes))
+    best = votes[everyone, elected]
+    votes[everyone, elected] = -np.inf
+    # each of two votes may be off by the share exp(tolerance / 2 / temperature) - 1
+    off = np.expm1(min(problem.search.tolerance / temperature, 700.0))
+    close = np.flatnonzero(best - votes.max(axis=1) <= off * best)
+    if len(close):
+        exact = problem.search.exact(query, np.repeat(close, k), ids[close].ravel()).reshape(-1, k)
+        elected[close] = _votes(codes[close], exact, temperature, classes).round(DECIMALS).argmax(axis=1)
+    return elected
+
+
+def _votes(codes: Integers, scores: Floats, temperature: float, classes: int) -> Floats:
+    """Sums of exp(cosine / temperature) for each class, (n, classes), of neighbours with `codes` (n, k)."""
+    # relative to the nearest: exp(1 / temperature) overflows for small temperatures
+    weights = np.exp((scores - scores.max(axis=1, keepdims=True)) / temperature)
+    ballot = np.arange(len(codes))[:, None] * classes + codes
+    votes = np.bincount(ballot.ravel(), weights=weights.ravel(), minlength=len(codes) * classes)
+    return votes.astype(np.float64, copy=False).reshape(len(codes), classes)
 
 
 def nearest_neighbours(query: Any, reference: Any = None, *, k: int = 10) -> tuple[Integers, Floats]:
@@ -491,10 +548,10 @@ def _nearest(
     query: Rows, search: Search, k: int, leave_one_out: bool, step: int
 ) -> Iterator[tuple[slice, Integers, Floats]]:
     """Some queries at a time with their k nearest and the cosines, themselves left out."""
-    for start in range(0, len(query), step):
-        rows = slice(start, start + step)
+    search.prepare(len(query))
+    for rows in blocks(len(query), step):
         ids, scores = search.nearest(query.unit(rows), k + leave_one_out)
-        yield rows, *(_without_itself(ids, scores, first=start) if leave_one_out else (ids, scores))
+        yield rows, *(_without_itself(ids, scores, first=rows.start) if leave_one_out else (ids, scores))
 
 
 def _without_itself(ids: Integers, scores: Floats, *, first: int) -> tuple[Integers, Floats]:
@@ -547,13 +604,18 @@ def _measure(
     state: str | Path | None = None,
 ) -> dict[str, Floats]:
     """Evaluate per-query measures while streaming over the matches; (Q,) each, NaN for a skipped query."""
-    values = {name: np.empty(len(problem.query)) for name in measures}
-    progress = None if state is None else Progress(Path(state), values, problem.digest(depth))
+    values = {name: np.zeros(len(problem.query)) for name in measures}
+    share, progress = problem.share, None
+    share.refuse_different(lambda: problem.digest(depth))
+    if state is not None:
+        mine = f"-{share.rank + 1}-of-{share.ranks}" if share.ranks > 1 else ""
+        progress = Progress(Path(f"{state}{mine}"), values, problem.digest(depth) + mine, len(depth[share.mine]))
     for found in problem.matches(depth, 0 if progress is None else progress.done):
         for name, measure in measures.items():
             values[name][found.queries] = measure(found)
         if progress is not None:
             progress.advance(len(found.queries))
+    values = {name: share.add(per_query) for name, per_query in values.items()}
     if empty == "skip":
         for per_query in values.values():
             per_query[problem.total == 0] = np.nan
@@ -569,11 +631,24 @@ def _mean(per_query: Floats) -> float:
 
 
 def _problem(
-    query: Any, query_labels: Any, reference: Any, reference_labels: Any, groups: Any, empty: Empty
+    query: Any,
+    query_labels: Any,
+    reference: Any,
+    reference_labels: Any,
+    groups: Any,
+    empty: Empty,
+    over_ranks: bool,
 ) -> Problem:
     if empty not in get_args(Empty):
         raise ValueError(f"empty must be 'skip', 'zero' or 'error', got {empty!r}.")
-    problem = Problem(query, query_labels, reference=reference, reference_labels=reference_labels, groups=groups)
+    problem = Problem(
+        query,
+        query_labels,
+        reference=reference,
+        reference_labels=reference_labels,
+        groups=groups,
+        over_ranks=over_ranks,
+    )
     lonely = problem.total == 0
     if (empty == "error" and lonely.any()) or (empty == "skip" and lonely.all()):
         first = int(lonely.argmax())

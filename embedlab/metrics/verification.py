@@ -8,9 +8,10 @@ from typing import Any, overload
 
 import numpy as np
 
-from embedlab.metrics._arrays import Array, Floats, Integers, as_array, as_flags, as_labels, as_scores
+from embedlab.metrics._arrays import Array, Floats, Integers, as_array, as_flags, as_labels, as_scores, digest
 from embedlab.metrics._pairs import count_pairs
 from embedlab.metrics._ranking import Rows
+from embedlab.metrics._share import Share
 
 
 def roc_auc(scores: Any, same: Any) -> float:
@@ -237,7 +238,7 @@ class VerificationReport:
 
 
 def verification_report(
-    embeddings: Any, labels: Any, *, far: Any = None, groups: Any = None, curve: int = 0
+    embeddings: Any, labels: Any, *, far: Any = None, groups: Any = None, curve: int = 0, over_ranks: bool = False
 ) -> VerificationReport:
     """AUC, equal error rate and TAR@FAR over all N (N - 1) / 2 pairs of a set, in bounded memory.
 
@@ -253,6 +254,8 @@ def verification_report(
             put both into one set and give each side one group.
         curve: About how many operating points to keep for a picture; they lie densely on linear and on logarithmic
             axes alike.
+        over_ranks: True shares the pairs out among the ranks of torch.distributed: all ranks call with the same arrays
+            (see `each_sample_once`) and all get the figures of one process.
 
     Raises:
         ValueError: Shapes or labels that do not fit, a NaN or zero vector, only one kind of pair, a `far` below one
@@ -265,7 +268,10 @@ def verification_report(
     """
     rows = Rows(embeddings, "embeddings")
     codes = _codes(labels, "labels", len(rows))
-    counts = count_pairs(rows, codes, None if groups is None else _codes(groups, "groups", len(rows)))
+    tracks = None if groups is None else _codes(groups, "groups", len(rows))
+    share = Share(over_ranks=over_ranks)
+    share.refuse_different(lambda: digest(rows.values, codes, tracks))
+    counts = count_pairs(rows, codes, tracks, share)
     genuine, impostors = int(counts.genuine.sum()), int(counts.below[-1])
     if not genuine or not impostors:
         raise ValueError(

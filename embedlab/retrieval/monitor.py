@@ -13,12 +13,13 @@ import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
-from embedlab._ops import gather, keyed_uniform
+from embedlab._ops import keyed_uniform
 from embedlab._types import Batch
 from embedlab.data import ImageData
 from embedlab.data.views import keyed_views
 from embedlab.metrics import (
     alignment,
+    each_sample_once,
     effective_rank,
     feature_std,
     knn_accuracy,
@@ -129,7 +130,7 @@ class Monitor(pl.Callback):
         """Gather, put every image in once, and log."""
         if not self._due:
             return
-        seen, pairs = _everyone(self._seen, 1, pl_module.device), _everyone(self._pairs, 2, pl_module.device)
+        seen, pairs = _everyone(self._seen), _everyone(self._pairs)
         self._seen, self._pairs = [], []
         if seen is None:
             return
@@ -209,21 +210,8 @@ def _two_views(data: ImageData, index: Tensor) -> tuple[Tensor, Tensor]:
     return made[0], made[1]
 
 
-def _everyone(parts: list[tuple[Tensor, ...]], wide: int, device: torch.device) -> list[np.ndarray] | None:
-    """All ranks' rows, each image once, in the order of the image numbers, which stand last; None where there are none.
-
-    Args:
-        parts: The first `wide` tensors have rows of one width, the others one number per row.
-        wide: See parts.
-        device: Of this rank.
-    """
-    own = parts[0][0].shape[1] if parts else 0
-    width = int(gather(torch.tensor([own], device=device)).max())  # a rank may have no image
-    if width == 0:
-        return None
-    if not parts:
-        nothing = torch.zeros(0, dtype=torch.long, device=device)
-        parts = [(*(torch.zeros(0, width, device=device) for _ in range(wide)), *(nothing for _ in range(3 - wide)))]
-    columns = [gather(torch.cat(column)).cpu().numpy() for column in zip(*parts, strict=True)]
-    _, once = np.unique(columns[-1], return_index=True)
-    return [column[once] for column in columns]
+def _everyone(parts: list[tuple[Tensor, ...]]) -> list[np.ndarray] | None:
+    """All ranks' rows, each image once, in the order of the image numbers, which stand last; None if there are none."""
+    own = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)] or [np.zeros(0)] * 3
+    index, *rows = each_sample_once(own[-1], *own[:-1])
+    return [*rows, index] if len(index) else None

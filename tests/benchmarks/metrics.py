@@ -3,10 +3,10 @@
     pip install 'embedlab[bench]'
     python tests/benchmarks/metrics.py --rows 60000 --threads 2 --out runs/benchmark-metrics
 
-Rows are unit vectors around class centres (D = 128, 60 per class; k-NN: 100 classes). A process builds the input,
-calls its contestant once on 500 rows (imports, first-call costs), then times one call on all; memory is the peak of
-the resident set during that call minus what the process held before, sampled every 10 ms. Ours and peer take turns,
-`--runs` times; the median counts. MB are 2^20 bytes. Linux only: memory is read from /proc.
+Rows are unit vectors around class centres (D = 128; 60 per class, or as many classes as a row says). A process builds
+the input, calls its contestant once on 500 rows (imports, first-call costs), then times one call on all; memory is the
+peak of the resident set during that call minus what the process held before, sampled every 10 ms. Ours and peer take
+turns, `--runs` times; the median counts. MB are 2^20 bytes. Linux only: memory is read from /proc.
 
 The folder gets results.json and results.md. The exit status is 1 if a contestant failed or disagrees with ours.
 """
@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,14 @@ def three_metrics_pml() -> Call:
     }
 
 
-def faiss_alone() -> Call:
+def faiss_alone(k: int) -> Call:
     """The neighbours only, none of the metrics: a lower bound for whoever asks FAISS."""
     import faiss
 
     def call(vectors: Any, labels: Any) -> Result:
         index = faiss.IndexFlatIP(DIM)
         index.add(vectors.numpy())
-        ids = index.search(vectors.numpy(), PER_CLASS)[1]
+        ids = index.search(vectors.numpy(), k)[1]
         return {"recall_at_1": float((labels.numpy()[ids[:, 1]] == labels.numpy()).mean())}
 
     return call
@@ -188,8 +189,19 @@ def pairs_sklearn() -> Call:
 
 # title: rows (None is --rows), classes (None is PER_CLASS rows each), ours, peers
 ROWS: dict[str, tuple[int | None, int | None, Callable[[], Call], dict[str, Callable[[], Call]]]] = {
-    "three": (None, None, three_metrics_ours, {"pytorch-metric-learning": three_metrics_pml, "faiss": faiss_alone}),
-    "knn": (20_000, 100, knn_ours, {"lightly": knn_lightly}),
+    "three": (
+        None,
+        None,
+        three_metrics_ours,
+        {
+            "pytorch-metric-learning": three_metrics_pml,
+            "faiss, k = 10": partial(faiss_alone, 10),
+            "faiss, k = 100": partial(faiss_alone, 100),
+        },
+    ),
+    "knn 1000 classes": (20_000, 1000, knn_ours, {"lightly": knn_lightly}),
+    "knn 100 classes": (20_000, 100, knn_ours, {"lightly": knn_lightly}),
+    "knn 10 classes": (20_000, 10, knn_ours, {"lightly": knn_lightly}),
     "map": (None, None, map_ours, {"torchmetrics": map_torchmetrics}),
     "nearest": (None, None, nearest_ours, {"scikit-learn": nearest_sklearn}),
     "pairs small": (4_000, None, pairs_ours, {"scikit-learn": pairs_sklearn}),
