@@ -500,3 +500,20 @@ def test_a_broken_embedding_is_not_hidden(kind, settings) -> None:
     z = torch.randn(6, DIM, generator=torch.Generator().manual_seed(0))
     z[3, 1] = float("nan")
     assert torch.isnan(kind(CLASSES, DIM, **settings)(z, torch.tensor([0, 0, 1, 1, 2, 3])))
+
+
+@pytest.mark.parametrize(
+    "kind", sorted({row[0] for row in PROXY_LOSSES} - {CenterLoss}, key=lambda kind: kind.__name__)
+)
+def test_the_number_of_classes_can_come_later(kind) -> None:
+    torch.manual_seed(0)
+    known = kind(7, 4)
+    late = kind(None, 4)
+    assert not list(late.parameters())
+    embeddings, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 6, 6])
+    with pytest.raises(ValueError, match=f"{kind.__name__} was made without num_classes: call its build"):
+        late(embeddings, labels)
+    torch.manual_seed(0)
+    late.build(7)
+    assert torch.equal(late.proxies, known.proxies)
+    assert torch.equal(late(embeddings, labels), known(embeddings, labels))

@@ -149,6 +149,18 @@ def test_a_loss_for_too_few_classes_is_told_how_many_there_are() -> None:
         method.setup("fit")
 
 
+def test_a_loss_without_a_number_of_classes_gets_the_datas() -> None:
+    data, loss = prepared(variants=ClassVariants(8)), NormSoftmaxLoss(None, 32)
+    method = MetricLearning(ResNet("resnet8", stem="small", width=0.125, in_channels=1), loss=loss)
+    method._trainer = SimpleNamespace(datamodule=data)
+    method.setup("fit")
+    assert loss.proxies.shape == (40, 32)
+    assert any(loss.proxies is parameter for group in method.parameter_groups() for parameter in group["params"])
+    proxies = loss.proxies
+    method.setup("fit")  # a second time nothing is drawn anew
+    assert loss.proxies is proxies
+
+
 def test_variants_need_labels_and_a_cache() -> None:
     unlabelled = ImageData(
         Source.from_arrays(np.zeros((4, 8, 8, 1), np.uint8)), image_size=8, channels=1, split="none",

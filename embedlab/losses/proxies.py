@@ -58,19 +58,29 @@ class ProxyLoss(EmbeddingLoss):
     """Base of the losses with proxies.
 
     Args:
-        num_classes: Number of training classes.
+        num_classes: Number of training classes; None leaves it to `build`, which `MetricLearning` calls with the
+            data's number before training begins.
         dim: Size of the embeddings.
         per_class: Proxies of each class.
         gather: Take images from all ranks.
     """
 
     fits_memory = False
+    proxies: nn.Parameter
 
-    def __init__(self, num_classes: int, dim: int, *, per_class: int = 1, gather: bool = True) -> None:
+    def __init__(self, num_classes: int | None, dim: int, *, per_class: int = 1, gather: bool = True) -> None:
         super().__init__(gather=gather)
-        check_positive(self, num_classes=num_classes, dim=dim, proxies_per_class=per_class)
-        self.num_classes, self.dim, self.per_class = num_classes, dim, per_class
-        self.proxies = nn.Parameter(torch.randn(num_classes * per_class, dim) * dim**-0.5)  # length about 1
+        check_positive(self, dim=dim, proxies_per_class=per_class)
+        self.num_classes, self.dim, self.per_class = 0, dim, per_class
+        self.register_parameter("proxies", None)
+        if num_classes is not None:
+            self.build(num_classes)
+
+    def build(self, num_classes: int) -> None:
+        """Create the proxies for a known number of classes."""
+        check_positive(self, num_classes=num_classes)
+        self.num_classes = num_classes
+        self.proxies = nn.Parameter(torch.randn(num_classes * self.per_class, self.dim) * self.dim**-0.5)  # length 1
 
     def forward(
         self,
@@ -82,6 +92,11 @@ class ProxyLoss(EmbeddingLoss):
     ) -> Tensor:
         self.refuse(reference, "its proxies are what embeddings are compared with")
         embeddings, labels = self.union(embeddings, labels, reference, reference_labels)
+        if not self.num_classes:
+            raise ValueError(
+                f"{type(self).__name__} was made without num_classes: call its build(num_classes) first, or train it "
+                "by MetricLearning on an ImageData, which tells it the number."
+            )
         check_columns(self, embeddings, self.dim)
         check_classes(self, labels, self.num_classes)
         return self.compare(embeddings, labels)
@@ -95,7 +110,7 @@ class MarginSoftmaxLoss(ProxyLoss):
     """Base of the losses that are a softmax cross entropy over classes, with a change to the right class's cosine.
 
     Args:
-        num_classes: Number of training classes.
+        num_classes: Number of training classes; None takes the data's, see `ProxyLoss`.
         dim: Size of the embeddings.
         scale: Multiplies the cosine before the softmax, > 0.
         gamma: Focal weighting, Lin et al. 2017, eq. 4: each image's loss times (1 - p)^gamma, p the probability of the
@@ -110,7 +125,7 @@ class MarginSoftmaxLoss(ProxyLoss):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None,
         dim: int,
         *,
         scale: float,
@@ -281,7 +296,7 @@ class NormSoftmaxLoss(MarginSoftmaxLoss):
     Cross entropy over cosines to class proxies. Default as in pytorch-metric-learning.
 
     Args:
-        num_classes: Number of training classes.
+        num_classes: Number of training classes; None takes the data's, see `ProxyLoss`.
         dim: Size of the embeddings.
         temperature: Divides the cosine before the softmax; no unit, > 0.
         gamma: Focal weighting, Lin et al. 2017, eq. 4; 0 is none.
@@ -303,7 +318,7 @@ class NormSoftmaxLoss(MarginSoftmaxLoss):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None,
         dim: int,
         *,
         temperature: float = 0.05,
@@ -322,7 +337,7 @@ class ProxyNCALoss(MarginSoftmaxLoss):
     denominator. On unit vectors it is `NormSoftmaxLoss` with half the temperature.
 
     Args:
-        num_classes: Number of training classes.
+        num_classes: Number of training classes; None takes the data's, see `ProxyLoss`.
         dim: Size of the embeddings.
         temperature: Divides the squared distance; > 0. The paper's 1/9.
         gamma: Focal weighting, Lin et al. 2017, eq. 4; 0 is none.
@@ -343,7 +358,7 @@ class ProxyNCALoss(MarginSoftmaxLoss):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None,
         dim: int,
         *,
         temperature: float = 1 / 9,
@@ -361,7 +376,7 @@ class CosFaceLoss(MarginSoftmaxLoss):
     The right class's cosine is lowered by a margin. Defaults as in pytorch-metric-learning.
 
     Args:
-        num_classes: Number of training classes.
+        num_classes: Number of training classes; None takes the data's, see `ProxyLoss`.
         dim: Size of the embeddings.
         margin: In units of cosine, >= 0.
         scale: Multiplies the cosine before the softmax, > 0.
@@ -383,7 +398,7 @@ class CosFaceLoss(MarginSoftmaxLoss):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None,
         dim: int,
         *,
         margin: float = 0.35,
@@ -414,7 +429,7 @@ class ArcFaceLoss(MarginSoftmaxLoss):
     2020, eq. 3 and section 3.3 (https://doi.org/10.1007/978-3-030-58621-8_43).
 
     Args:
-        num_classes: Number of training classes.
+        num_classes: Number of training classes; None takes the data's, see `ProxyLoss`.
         dim: Size of the embeddings.
         margin_degrees: In [0, 90).
         scale: Multiplies the cosine before the softmax, > 0.
@@ -443,7 +458,7 @@ class ArcFaceLoss(MarginSoftmaxLoss):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None,
         dim: int,
         *,
         margin_degrees: float = 28.6,
@@ -486,7 +501,7 @@ class AdaFaceLoss(MarginSoftmaxLoss):
     [0.001, 100] as in the authors' code, their mean and deviation are running averages over training steps.
 
     Args:
-        num_classes: Number of training classes.
+        num_classes: Number of training classes; None takes the data's, see `ProxyLoss`.
         dim: Size of the embeddings.
         margin: The paper's m.
         concentration: The paper's h.
@@ -513,7 +528,7 @@ class AdaFaceLoss(MarginSoftmaxLoss):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None,
         dim: int,
         *,
         margin: float = 0.4,
@@ -558,7 +573,7 @@ class SoftTripleLoss(MarginSoftmaxLoss):
     pytorch-metric-learning, which leaves out the paper's regulariser; the paper uses 0.2 for it.
 
     Args:
-        num_classes: Number of training classes.
+        num_classes: Number of training classes; None takes the data's, see `ProxyLoss`.
         dim: Size of the embeddings.
         centers: Proxies of each class.
         margin: Taken off the right class's cosine.
@@ -581,7 +596,7 @@ class SoftTripleLoss(MarginSoftmaxLoss):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None,
         dim: int,
         *,
         centers: int = 10,
@@ -637,7 +652,7 @@ class ProxyAnchorLoss(ProxyLoss):
     pytorch-metric-learning and the paper, which trains the proxies at 100 times the network's learning rate.
 
     Args:
-        num_classes: Number of training classes.
+        num_classes: Number of training classes; None takes the data's, see `ProxyLoss`.
         dim: Size of the embeddings.
         margin: The paper's delta; cosine.
         scale: The paper's alpha, > 0.
@@ -656,7 +671,7 @@ class ProxyAnchorLoss(ProxyLoss):
     """
 
     def __init__(
-        self, num_classes: int, dim: int, *, margin: float = 0.1, scale: float = 32.0, gather: bool = True
+        self, num_classes: int | None, dim: int, *, margin: float = 0.1, scale: float = 32.0, gather: bool = True
     ) -> None:
         super().__init__(num_classes, dim, gather=gather)
         check_positive(self, scale=scale)

@@ -14,7 +14,7 @@ from embedlab._ops import at_least_float32, gather
 from embedlab._types import Batch
 from embedlab.losses import SupConLoss
 from embedlab.losses._base import apply_loss, gathers, one_type
-from embedlab.losses.proxies import MarginSoftmaxLoss
+from embedlab.losses.proxies import MarginSoftmaxLoss, ProxyLoss
 from embedlab.methods.base import Method, backbone_or_encoder, decay_groups
 
 
@@ -85,16 +85,18 @@ class MetricLearning(Method):
             )
 
     def setup(self, stage: str) -> None:
-        """Compare the loss's number of classes with the data's."""
-        super().setup(stage)
+        """Compare the loss's number of classes with the data's, or tell it that number."""
         there = getattr(getattr(self.trainer, "datamodule", None), "num_targets", None)
         for part in self.loss.modules():
+            if isinstance(part, ProxyLoss) and there and not part.num_classes:
+                part.build(there)
             made_for = getattr(part, "num_classes", None)
             if stage == "fit" and there and made_for and made_for < there:
                 raise ValueError(
                     f"{type(part).__name__} was made for {made_for} classes, the training data has {there}; set "
-                    f"model.init_args.loss.init_args.num_classes to {there}."
+                    f"model.init_args.loss.init_args.num_classes to {there}, or to null, which takes the data's."
                 )
+        super().setup(stage)
 
     def sharded(self) -> dict[str, MarginSoftmaxLoss]:
         """The losses, by name, whose proxies differ between ranks."""
