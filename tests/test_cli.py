@@ -108,7 +108,7 @@ def test_every_recipe_runs(recipe, pictures, tmp_path, capsys) -> None:
     if recipe.stem in ("supcon", "triplet", "contrastive"):
         small.append("--data.init_args.images_per_class=4")
     if recipe.stem == "omniglot_oneshot":
-        small.append("--data.init_args.batches_per_epoch=3")
+        small.append("--trainer.limit_train_batches=3")
     if recipe.stem == "cifar10_speedrun":
         small.append("--data.init_args.fractions=[0.8,0.2,0.0]")  # a fiftieth of these few images is none
     result = ask(capsys, "fit", "-c", recipe, f"--data.init_args.root={pictures}", "--run", tmp_path / "run", *small)

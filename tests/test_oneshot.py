@@ -245,8 +245,8 @@ def test_the_recipe_learns_whatever_alphabets_there_are(characters: Path, tmp_pa
     recipe = Path(__file__).parents[1] / "recipes" / "omniglot_oneshot.yaml"
     run = tmp_path / "run"
     arguments = [
-        "--data.init_args.batches_per_epoch=3", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
-        "--model.init_args.backbone.init_args.width=0.125", "--data.init_args.images_per_class=3",
+        "--trainer.max_steps=3", "--trainer.accelerator=cpu", "--data.init_args.batch_size=24",
+        "--model.init_args.backbone.init_args.width=0.125",
     ]  # fmt: skip
     fit = ["fit", "-c", str(recipe), "--data.init_args.root", str(characters), "--run", str(run), "--json"]
     assert main([*fit, *arguments]) == 0

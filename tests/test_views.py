@@ -304,6 +304,13 @@ def test_strokes_get_thicker_and_thinner_by_half_a_pixel_at_most() -> None:
     torch.testing.assert_close(view[..., 0], line[..., 0])
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (2, 2), (3, 7), (9, 4)])
+def test_the_outermost_neighbour_is_that_of_pooling(shape) -> None:
+    images = torch.rand(3, 2, *shape)
+    assert torch.equal(module._outermost(images, torch.maximum), F.max_pool2d(images, 3, 1, 1))
+    assert torch.equal(module._outermost(images, torch.minimum), -F.max_pool2d(-images, 3, 1, 1))
+
+
 def test_fixed_views_are_the_image_and_the_same_others_every_time() -> None:
     views = FixedViews(4, degrees=10, translate=0.1, crop_scale=[0.8, 1.2], elastic=0.03, seed=3)
     grids = views.grids(6)
