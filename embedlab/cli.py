@@ -162,14 +162,27 @@ def _add_evaluate(commands: Any) -> None:
     parser = _command(
         commands, "evaluate", _evaluate, "measure retrieval, and with --open-set the refusal of strangers"
     )
-    parser.add_argument("path", help=f"queries: {VECTORS_HELP}")
+    parser.add_argument("path", nargs="?", help=f"queries: {VECTORS_HELP}")
     parser.add_argument("--encoder", help=f"{ENCODER_HELP}; not needed for stored embeddings")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="two encoders side by side with paired intervals; without PATH, two sets of stored vectors of one set",
+    )
     parser.add_argument("--reference", help="what to search (default: leave-one-out within the queries)")
     parser.add_argument("--reference-select", nargs="+", metavar="COLUMN=VALUE", help="as --select, for the reference")
     parser.add_argument("--knn-k", type=_count, default=20, help="neighbours of the weighted k-NN classifier")
     parser.add_argument("--labels", help=LABELS_HELP)
     parser.add_argument("--baselines", action="store_true", help="also raw pixels and the untrained network")
+    parser.add_argument("--no-verification", action="store_true", help="do not compare all pairs, whose number is N^2")
+    parser.add_argument(
+        "--coarse", metavar="COLUMN", help="coarser classes of a manifest: a near miss is better than a far one"
+    )
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
+    parser.add_argument(
+        "--report", type=Path, help="also write a report with pictures for the browser to this HTML file"
+    )
     _add_reading(parser)
     _add_embedding(parser)
     group = parser.add_argument_group(
@@ -543,10 +556,45 @@ def _embed(options: argparse.Namespace) -> Result:
 def _evaluate(options: argparse.Namespace) -> Result:
     if options.protocol:
         return _evaluate_backbone(options)
-    from embedlab.retrieval.evaluation import Plan, evaluate, protocol_of, to_text
+    from embedlab.retrieval import comparison, findings
+    from embedlab.retrieval.evaluation import evaluate, protocol_of, to_text
 
-    plan = Plan(
-        path=options.path,
+    if options.pictures and not options.degradations:
+        raise ValueError("--pictures draws what --degradations measures; give both.")
+    for path in filter(None, (options.out, options.report)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after the work
+    started = time.perf_counter()
+    found = [evaluate(subject, _plan(options, path)) for subject, path in _subjects(options)]
+    compared = comparison.compare(*found) if options.compare else None
+    text = to_text(found) + (f"\n\n{comparison.to_text(compared)}" if compared else "")
+    if options.degradations:
+        text += f"\n\n{_degraded(options, found)}"
+    result: Result = {
+        "results": {one.name: one.figures for one in found},
+        "details": {one.name: findings.to_dict(one) for one in found},
+        **({"comparison": compared} if compared else {}),
+        "protocol": protocol_of(found),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    if options.out:
+        options.out.write_text(json.dumps(plain(result), indent=1), encoding="utf-8")
+    if options.report:
+        from embedlab.serving.evaluation import costs_of, evaluation_report
+
+        costs = costs_of(found, precision=options.precision)
+        document = evaluation_report(found, compared, result["protocol"], capacities=costs)
+        result |= _write_report(options.report, document) | {
+            "capacity": {name: cost.to_dict() for name, cost in costs.items()}
+        }
+        text += f"\n\n{options.report}: open it in a browser"
+    return {**result, "text": text}
+
+
+def _plan(options: argparse.Namespace, path: str) -> Plan:
+    from embedlab.retrieval.evaluation import Plan
+
+    return Plan(
+        path=path,
         select=_selection(options.select),
         reference=options.reference,
         reference_select=_selection(options.reference_select),
@@ -556,34 +604,20 @@ def _evaluate(options: argparse.Namespace) -> Result:
         fpir=options.fpir,
         templates=options.templates,
         seed=options.seed,
+        verification=not options.no_verification,
+        coarse=options.coarse,
         degradations=options.degradations,
         severities=options.severities,
     )
-    if options.pictures and not options.degradations:
-        raise ValueError("--pictures draws what --degradations measures; give both.")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after the work
-    started = time.perf_counter()
-    found = [evaluate(subject, plan) for subject in _subjects(options)]
-    text = to_text(found)
-    if plan.degradations:
-        text += f"\n\n{_degraded(options, plan, found)}"
-    result = {
-        "results": {one.subject.name: one.figures for one in found},
-        "protocol": protocol_of(plan, found),
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-    if options.out:
-        options.out.write_text(json.dumps(plain(result), indent=1), encoding="utf-8")
-    return {**result, "text": text}
 
 
-def _degraded(options: argparse.Namespace, plan: Plan, found: list[Evaluation]) -> str:
+def _degraded(options: argparse.Namespace, found: list[Evaluation]) -> str:
     """Measure again under bad conditions; the figures go to the others, the tables come back."""
     from embedlab.retrieval.robustness import degraded_figures, robustness_text
 
+    plan = found[0].plan
     for one in found:
-        one.figures["degraded"] = degraded_figures(one, plan, _reading_options(options))
+        one.figures["degraded"] = degraded_figures(one, one.plan, _reading_options(options))
     text = robustness_text(found)
     if options.pictures:
         from embedlab.serving.pictures import draw_degradation_sheet, draw_robustness
@@ -610,34 +644,31 @@ def _reading_options(options: argparse.Namespace) -> ReadingOptions:
     return ReadingOptions(batch_size=options.batch_size, precision=options.precision, on_error=options.on_error)
 
 
-def _subjects(options: argparse.Namespace) -> list[Subject]:
-    """The rows of the table."""
-    from embedlab.retrieval.subjects import baseline_subjects, encoder_subject, stored_subject
+def _subjects(options: argparse.Namespace) -> list[tuple[Subject, str]]:
+    from embedlab.retrieval.subjects import choose_subjects
 
-    if _is_vectors(options.path):
-        if options.baselines or options.encoder:
-            raise ValueError(f"{options.path} holds vectors; --encoder and --baselines need images.")
-        return [stored_subject(options.path, options.labels)]
-    if options.encoder is None:
-        raise ValueError(f"{options.path} holds images, so evaluate needs --encoder FOLDER.")
-    from embedlab.retrieval.embedders import as_embedder
-
-    encoder: Any = as_embedder(options.encoder)
-    how = _reading_options(options)
-    baselines = (
-        baseline_subjects(encoder, options.path, _selection(options.select), options=how) if options.baselines else []
+    return choose_subjects(
+        options.path,
+        encoder=options.encoder,
+        compare=options.compare,
+        baselines=options.baselines,
+        select=_selection(options.select),
+        labels=options.labels,
+        options=_reading_options(options),
+        reference=options.reference,
     )
-    return [encoder_subject(encoder, options=how), *baselines]
 
 
 def _evaluate_backbone(options: argparse.Namespace) -> Result:
-    if not options.encoder or not (options.reference or options.reference_select):
+    if not options.path or not options.encoder or not (options.reference or options.reference_select):
         raise ValueError(
-            "--protocol needs --reference, the labelled training images (or --reference-select, their rows of the same "
-            "manifest), and --encoder."
+            "--protocol needs PATH, --encoder and --reference, the labelled training images (or --reference-select, "
+            "their rows of the same manifest)."
         )
-    if options.open_set or options.baselines:
-        raise ValueError("--protocol measures one backbone; run --open-set and --baselines without it.")
+    if options.open_set or options.baselines or options.compare or options.report:
+        raise ValueError(
+            "--protocol measures one backbone; run --open-set, --baselines, --compare and --report without it."
+        )
     from embedlab._machine import versions
     from embedlab.encoders import Encoder
     from embedlab.retrieval.embedders import on_device

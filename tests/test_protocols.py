@@ -153,4 +153,4 @@ def test_the_command(encoder, parts, tmp_path, capsys) -> None:
     assert main([*command, "--reference", str(tmp_path / "train")]) == 0
     assert "low-shot 20 %" in capsys.readouterr().out
     assert main(command) == 1
-    assert "--protocol needs --reference" in capsys.readouterr().err
+    assert "--protocol needs PATH, --encoder and --reference" in capsys.readouterr().err

@@ -3,20 +3,50 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from embedlab._machine import processor_name, versions
-from embedlab._types import Embeddings
+from embedlab._types import Embeddings, Ids
 from embedlab.data.images import available_cores
-from embedlab.metrics import bootstrap_interval, knn_accuracy, retrieval_report
-from embedlab.retrieval.open_set import Mask, choose_templates, halve_identities, open_set_trial, take
+from embedlab.metrics import (
+    PairSample,
+    VerificationReport,
+    bootstrap_intervals,
+    draw_pairs,
+    effective_rank,
+    feature_std,
+    hubness,
+    knn_hits,
+    nearest_neighbours,
+    oscr,
+    retrieval_report,
+    uniformity,
+    unknown_auroc,
+    verification_report,
+    verification_resamples,
+    wilson_interval,
+)
+from embedlab.retrieval.open_set import (
+    Mask,
+    OpenSetReport,
+    choose_templates,
+    halve_identities,
+    open_set_trial,
+    take,
+)
 from embedlab.retrieval.subjects import Reading, Subject, Where
 
-Values = np.ndarray[tuple[int], np.dtype[np.float64]]
+DEPTH = 20  # last rank of the CMC curve
+NEIGHBOURS = 5  # of each query, kept for examples and confusions
+RESAMPLES = 500  # of verification; figures of single queries have 2000
+CURVE = 600  # operating points that a picture needs at most
+HEALTH_ROWS = 5_000  # vectors that figures over all pairs of vectors are taken from
+
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +67,8 @@ class Plan:
         seed: Of all that is drawn.
         degradations: Bad conditions under which the queries are measured again, see `embedlab.data.DEGRADATIONS`.
         severities: Of the degradations, from 1 to 5.
+        verification: Compare all pairs: their number grows with the square of the images.
+        coarse: Column of coarser classes, by which a wrong answer can be a near miss.
 
     Raises:
         ValueError: An open-set trial without rows for its threshold, an unknown degradation or severity.
@@ -54,6 +86,8 @@ class Plan:
     seed: int = 0
     degradations: Sequence[str] = ()
     severities: Sequence[int] = (1, 2, 3, 4, 5)
+    verification: bool = True
+    coarse: str | None = None
 
     def __post_init__(self) -> None:
         if self.open_set and not self.calibrate_select:
@@ -68,20 +102,74 @@ class Plan:
 
 
 @dataclass(frozen=True, eq=False)
+class Verification:
+    """All pairs, and those of them that intervals and pictures are made of.
+
+    Args:
+        report: Figures of all pairs, with the curve.
+        pairs: For intervals and pictures.
+        scores: Cosines of their genuine and impostor pairs.
+        resamples: Of the figures, over identities.
+    """
+
+    report: VerificationReport
+    pairs: PairSample
+    scores: tuple[Floats, Floats]
+    resamples: dict[str, Floats]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures with intervals."""
+        return {
+            **self.report.to_dict(),
+            "intervals": {name: interval_of(values) for name, values in self.resamples.items()},
+            "interval_pairs": {"genuine": len(self.pairs.genuine), "impostors": len(self.pairs.impostors)},
+            "interval_resamples": RESAMPLES,
+        }
+
+
+@dataclass(frozen=True, eq=False)
 class Evaluation:
-    """One subject on one plan.
+    """One subject on one plan: figures, and what pictures of them are made of.
 
     Args:
         subject: What was measured.
+        plan: On what.
         query: What was read for the queries.
         reference: What was searched; None is leave-one-out.
         figures: Of the JSON document.
+        per_query: Name to (Q,) values of each query, NaN for one without a match.
+        nearest: (Q, k) rows of the nearest in the reference, or among the other queries.
+        cosines: (Q, k) theirs.
+        verification: None where there is only one kind of pair.
+        open_set: Of the trial, where there was one.
     """
 
     subject: Subject
+    plan: Plan
     query: Reading
     reference: Reading | None
     figures: dict[str, Any]
+    per_query: Mapping[str, Floats]
+    nearest: Ids
+    cosines: Floats
+    verification: Verification | None = None
+    open_set: OpenSetReport | None = None
+    labels: list[str] = field(init=False)
+    searched_labels: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", _labels(self.query.embeddings, "query"))
+        object.__setattr__(self, "searched_labels", _labels(self.searched.embeddings, "reference"))
+
+    @property
+    def searched(self) -> Reading:
+        """Where neighbours come from."""
+        return self.query if self.reference is None else self.reference
+
+    @property
+    def name(self) -> str:
+        """Of the subject."""
+        return self.subject.name
 
 
 def evaluate(subject: Subject, plan: Plan) -> Evaluation:
@@ -95,25 +183,45 @@ def evaluate(subject: Subject, plan: Plan) -> Evaluation:
     reference = None if searched is None else subject.read(searched, plan.reference_select)
     others = None if reference is None else reference.embeddings
     _refuse_shared_images(query.embeddings, others)
-    figures = evaluate_retrieval(query.embeddings, others, knn_k=plan.knn_k)
+    figures, per_query = retrieval_figures(query.embeddings, others, knn_k=plan.knn_k)
+    nearest, cosines = nearest_neighbours(
+        query.embeddings.vectors, None if others is None else others.vectors, k=NEIGHBOURS
+    )
+    if plan.coarse:
+        figures["coarse"], per_query["coarse_recall_at_1"] = _coarse(plan.coarse, query, reference, nearest, per_query)
+    verification = _verification(query.embeddings, others, plan.seed) if plan.verification else None
+    if plan.verification:
+        figures["verification"] = verification.to_dict() if verification else None
+    figures["health"] = _health(query.embeddings.vectors, plan.seed)
+    trial = None
     if plan.open_set:
         strangers = subject.read(plan.path, plan.calibrate_select).embeddings
-        figures["open_set"] = evaluate_open_set(
-            query.embeddings, strangers, others, fpir=plan.fpir, templates=plan.templates, seed=plan.seed
+        figures["open_set"], trial = _open_set(
+            query.embeddings, strangers, others, plan.fpir, plan.templates, plan.seed
         )
-    return Evaluation(subject, query, reference, figures)
+    return Evaluation(subject, plan, query, reference, figures, per_query, nearest, cosines, verification, trial)
 
 
-def protocol_of(plan: Plan, found: Sequence[Evaluation]) -> dict[str, Any]:
+def protocol_of(found: Sequence[Evaluation]) -> dict[str, Any]:
     """How the figures were made, so that somebody else can make them again."""
     first = found[0]
     sides = {"query": first.query} | ({} if first.reference is None else {"reference": first.reference})
     return {
-        **asdict(plan),
+        **asdict(first.plan),
         "mode": "leave-one-out" if first.reference is None else "query against reference",
-        "subjects": {one.subject.name: dict(one.subject.about) for one in found},
+        "empty": first.figures["empty"],
+        "cmc_depth": len(first.figures["cmc"]),
+        "knn_temperature": 0.1,
+        "subjects": {one.name: dict(one.subject.about) for one in found},
         "data": {name: _counted(side) for name, side in sides.items()},
-        "intervals": "95 %, percentile bootstrap over identities (labels of the queries), 2000 resamples, seed 0",
+        "intervals": {
+            "confidence": 0.95,
+            "method": "percentile bootstrap over identities, the labels of the queries; where all queries are right, "
+            "or none, Wilson's score interval with identities as trials",
+            "resamples": 2000,
+            "verification_resamples": RESAMPLES,
+            "seed": 0,
+        },
         "versions": versions("torch", "numpy", "faiss-cpu", "scikit-learn"),
         "hardware": {"processor": processor_name(), "cores": available_cores()},
     }
@@ -143,7 +251,7 @@ def _refuse_shared_images(query: Embeddings, reference: Embeddings | None) -> No
 
 
 def evaluate_retrieval(query: Embeddings, reference: Embeddings | None = None, *, knn_k: int = 20) -> dict[str, Any]:
-    """Recall@1/5/10, R-precision, MAP@R and weighted k-NN accuracy.
+    """Recall@1/5/10, R-precision, MAP@R, the CMC curve and weighted k-NN accuracy.
 
     Args:
         query: With labels.
@@ -158,7 +266,7 @@ def evaluate_retrieval(query: Embeddings, reference: Embeddings | None = None, *
 
 def retrieval_figures(
     query: Embeddings, reference: Embeddings | None = None, *, knn_k: int = 20, same_rows: bool = False
-) -> tuple[dict[str, Any], dict[str, Values]]:
+) -> tuple[dict[str, Any], dict[str, Floats]]:
     """As `evaluate_retrieval`, with each figure's values per query.
 
     Args:
@@ -168,23 +276,119 @@ def retrieval_figures(
         same_rows: Row i of query and reference is the same picture, seen under other conditions: leave-one-out.
     """
     labels = _labels(query, "query")
-    others = (None, None) if reference is None else (reference.vectors, _labels(reference, "reference"))
-    numbers = np.arange(len(query))
-    report = retrieval_report(query.vectors, labels, *others, groups=(numbers, numbers) if same_rows else None)
-    result = report.to_dict()
+    searched = query if reference is None else reference
+    depth = min(DEPTH, len(searched) - (reference is None or same_rows))
+    ranks = range(1, max(10, depth) + 1)
     if reference is None:
-        result["knn_k"] = min(knn_k, len(query) - 1)
-        result["knn_accuracy"] = knn_accuracy(query.vectors, labels, k=knn_k)
+        report = retrieval_report(query.vectors, labels, k=ranks)
+        hits = knn_hits(query.vectors, labels, k=knn_k)
     else:
-        result["knn_k"] = min(knn_k, len(reference) - same_rows)
-        result["knn_accuracy"] = knn_accuracy(
-            reference.vectors, others[1], query.vectors, labels, k=knn_k, same_rows=same_rows
-        )
-    result["identities"] = len(set(labels))
-    result["intervals"] = {
-        name: bootstrap_interval(values, labels) for name, values in report.per_query.items() if len(set(labels)) > 1
+        names = _labels(reference, "reference")
+        numbers = np.arange(len(query))
+        groups = (numbers, numbers) if same_rows else None
+        report = retrieval_report(query.vectors, labels, reference.vectors, names, k=ranks, groups=groups)
+        hits = knn_hits(reference.vectors, names, query.vectors, labels, k=knn_k, same_rows=same_rows)
+    main = ("recall_at_1", "recall_at_5", "recall_at_10", "r_precision", "map_at_r")
+    per_query: dict[str, Floats] = {**report.per_query, "knn_accuracy": hits.astype(np.float64)}
+    intervals = intervals_of(per_query, labels)
+    result = {name: value for name, value in report.to_dict().items() if name in main or "_at_" not in name}
+    curve = [f"recall_at_{rank}" for rank in ranks[:depth]]
+    result |= {
+        "knn_k": min(knn_k, len(searched) - (reference is None or same_rows)),
+        "knn_accuracy": float(hits.mean()),
+        "identities": len(set(labels)),
+        "intervals": {name: intervals[name] for name in (*main, "knn_accuracy") if name in intervals},
+        "cmc": [report.values[name] for name in curve],
+        "cmc_intervals": [intervals[name] for name in curve if name in intervals],
     }
-    return result, report.per_query
+    return result, {name: per_query[name] for name in (*main, "knn_accuracy")}
+
+
+def intervals_of(per_query: Mapping[str, Floats], labels: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Of each figure over identities; none where there are fewer than two.
+
+    Where all queries are right, or none, resampling says nothing, and the score interval of a share over identities
+    does.
+    """
+    if not enough(next(iter(per_query.values())), labels):
+        return {}
+    found = bootstrap_intervals(per_query, labels)
+    for name, values in per_query.items():
+        counted = ~np.isnan(values)
+        if np.ptp(values[counted]) == 0 and values[counted][0] in (0, 1):
+            identities = len({label for label, kept in zip(labels, counted.tolist(), strict=True) if kept})
+            found[name] = wilson_interval(float(values[counted][0]) * identities, identities)
+    return found
+
+
+def enough(values: Floats, labels: Sequence[str]) -> bool:
+    """Whether there are two identities to resample."""
+    return len({label for label, value in zip(labels, values.tolist(), strict=True) if value == value}) > 1
+
+
+def _coarse(
+    column: str, query: Reading, reference: Reading | None, nearest: Ids, per_query: Mapping[str, Floats]
+) -> tuple[dict[str, Any], Floats]:
+    """Is the nearest at least of the right coarse class? Queries without a match are left out, as in recall@1."""
+    searched = query if reference is None else reference
+    for side in (query, searched):
+        if column not in side.columns:
+            raise ValueError(f"There is no column {column!r} for --coarse; there are {sorted(side.columns) or 'none'}.")
+    names = np.array(query.columns[column], dtype=object)
+    fine = per_query["recall_at_1"]
+    right = (np.array(searched.columns[column], dtype=object)[nearest[:, 0]] == names).astype(np.float64)
+    right[np.isnan(fine)] = np.nan
+    wrong = fine == 0
+    labels = _labels(query.embeddings, "query")
+    return {
+        "column": column,
+        "classes": len(set(names)),
+        "recall_at_1": float(np.nanmean(right)),
+        "interval": intervals_of({"coarse": right}, labels).get("coarse"),
+        "near_misses": float(right[wrong].mean()) if wrong.any() else None,  # among the wrong
+    }, right
+
+
+def _verification(query: Embeddings, reference: Embeddings | None, seed: int) -> Verification | None:
+    labels = _labels(query, "query")
+    if reference is None:
+        vectors, names, groups = query.vectors, labels, None
+        sides: tuple[list[str], list[str] | None] = (labels, None)
+    else:
+        sides = (labels, _labels(reference, "reference"))
+        vectors, names = np.concatenate([query.vectors, reference.vectors]), [*labels, *(sides[1] or [])]
+        groups = [0] * len(query) + [1] * len(reference)  # pairs of one side are left out
+    try:
+        pairs = draw_pairs(*sides, seed=seed)
+    except ValueError:  # a set of one class, or of classes of one
+        return None
+    report = verification_report(vectors, names, groups=groups, curve=CURVE)
+    scores = pairs.scores(query.vectors, None if reference is None else reference.vectors)
+    rates = [far for far in report.far if far * len(pairs.impostors) >= 10]
+    resamples = verification_resamples(pairs, scores, far=rates, resamples=RESAMPLES)
+    return Verification(report, pairs, scores, resamples)
+
+
+def interval_of(resamples: Floats) -> tuple[float, float] | None:
+    """The middle 95 % of what resampling gave; None where hardly a resample could be counted."""
+    counted = resamples[~np.isnan(resamples)]
+    if len(counted) < 0.9 * len(resamples):
+        return None
+    low, high = np.quantile(counted, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _health(vectors: Any, seed: int) -> dict[str, Any]:
+    rows = len(vectors)
+    if rows > HEALTH_ROWS:
+        vectors = vectors[np.sort(np.random.default_rng(seed).choice(rows, HEALTH_ROWS, replace=False))]
+    return {
+        "effective_rank": effective_rank(vectors),
+        "feature_std": feature_std(vectors),
+        "uniformity": uniformity(vectors) if len(vectors) > 1 else None,
+        "hubness": hubness(vectors, k=min(10, len(vectors) - 1)) if len(vectors) > 1 else None,
+        "rows": len(vectors),
+    }
 
 
 def evaluate_open_set(
@@ -206,9 +410,28 @@ def evaluate_open_set(
         templates: Enrolled images per identity, where there is no reference.
         seed: Of the halves and the templates.
     """
+    return _open_set(query, strangers, reference, fpir, templates, seed)[0]
+
+
+def _open_set(
+    query: Embeddings, strangers: Embeddings, reference: Embeddings | None, fpir: float, templates: int, seed: int
+) -> tuple[dict[str, Any], OpenSetReport]:
     gallery, probing = trial_roles(query, strangers, reference, templates=templates, seed=seed)
-    trial = open_set_trial(gallery, take(query, probing), strangers, fpir=fpir)
-    return {**trial.to_dict(), "seed": seed, "templates": len(gallery)}
+    report = open_set_trial(gallery, take(query, probing), strangers, fpir=fpir)
+    return trial_figures(report, gallery, seed), report
+
+
+def trial_figures(report: OpenSetReport, gallery: Embeddings, seed: int) -> dict[str, Any]:
+    """What a trial with these templates says in the JSON document."""
+    probed = report.probed
+    strangers = not probed.known.all()
+    return {
+        **report.to_dict(),
+        "unknown_auroc": unknown_auroc(probed.scores, probed.known) if strangers else None,
+        "oscr": oscr(probed.scores, probed.right, probed.known) if strangers else None,
+        "seed": seed,
+        "templates": len(gallery),
+    }
 
 
 def trial_roles(
@@ -240,8 +463,15 @@ def _labels(embeddings: Embeddings, name: str) -> list[str]:
 
 def to_text(found: Sequence[Evaluation]) -> str:
     """The figures as tables for a terminal."""
-    rows = {one.subject.name: one.figures for one in found}
+    rows = {one.name: one.figures for one in found}
     text = table(rows, ["recall_at_1", "recall_at_5", "recall_at_10", "map_at_r", "r_precision", "knn_accuracy"])
+    pairs = {name: row["verification"] for name, row in rows.items() if row.get("verification")}
+    if pairs:
+        first = next(iter(pairs.values()))
+        rates = [f"tar_at_{far:g}" for far in first["far"]]
+        pairs = {name: pair | dict(zip(rates, pair["tar"], strict=True)) for name, pair in pairs.items()}
+        text += f"\n\nall {first['genuine']:,} genuine and {first['impostors']:,} impostor pairs\n"
+        text += table(pairs, ["auc", "eer", *rates])
     trials = {name: row["open_set"] for name, row in rows.items() if "open_set" in row}
     if trials:
         trial = next(iter(trials.values()))
@@ -259,8 +489,8 @@ def table(rows: dict[str, dict[str, Any]], columns: list[str]) -> str:
         cells = [name]
         for column in columns:
             value = figures.get(column)
-            low, high = figures.get("intervals", {}).get(column, (np.nan, np.nan))
-            interval = "" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]"
+            found = figures.get("intervals", {}).get(column)
+            interval = "" if found is None or np.isnan(found[0]) else f" [{found[0]:.3f}, {found[1]:.3f}]"
             cells.append("-" if value is None else f"{value:.3f}{interval}")
         lines.append(cells)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]

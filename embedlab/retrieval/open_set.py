@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,24 @@ from embedlab.retrieval.gallery import Gallery
 
 Interval = tuple[float, float]
 Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
-Rates = np.ndarray[tuple[int], np.dtype[np.float64]]
+Rates = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Probed:
+    """What a gallery said of each probe, and the rates of each identity.
+
+    Args:
+        scores: (N,) best score.
+        right: (N,) whether the best identity is the probe's own.
+        known: (N,) whether the probe's identity is enrolled.
+        rates: The rates of `OpenSetReport` by name, identity by identity in sorted order.
+    """
+
+    scores: np.ndarray[Any, np.dtype[np.float64]]
+    right: Mask
+    known: Mask
+    rates: dict[str, Rates]
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,7 @@ class OpenSetReport:
         strangers: Stranger identities; probes of them: `stranger_probes`.
         stranger_probes: See strangers.
         calibration_strangers: Identities that set the threshold.
+        probed: Probe by probe, for pictures and paired differences.
     """
 
     closed_set_accuracy: float
@@ -53,10 +71,11 @@ class OpenSetReport:
     strangers: int
     stranger_probes: int
     calibration_strangers: int
+    probed: Probed = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON knows it."""
-        return asdict(self)
+        """The figures as JSON knows them."""
+        return {name: value for name, value in asdict(self).items() if name != "probed"}
 
 
 def halve_identities(labels: Sequence[str], *, seed: int = 0) -> tuple[set[str], set[str]]:
@@ -100,12 +119,6 @@ def evaluate_gallery(gallery: Gallery, probes: Embeddings) -> OpenSetReport:
     Raises:
         ValueError: An uncalibrated gallery, probes without labels, or none of anybody enrolled.
     """
-    report, _ = evaluate_identities(gallery, probes)
-    return report
-
-
-def evaluate_identities(gallery: Gallery, probes: Embeddings) -> tuple[OpenSetReport, dict[str, Rates]]:
-    """As `evaluate_gallery`, with each rate's values per identity, in the order of their names."""
     calibration = gallery.calibration
     if calibration is None:
         raise ValueError("The gallery is not calibrated, so it accepts nobody; run calibrate with strangers first.")
@@ -126,7 +139,7 @@ def evaluate_identities(gallery: Gallery, probes: Embeddings) -> tuple[OpenSetRe
     if not known.all():
         rates["observed_fpir"] = _per_identity(accepted[~known], labels[~known])
     means = {name: float(rate.mean()) for name, rate in rates.items()}
-    report = OpenSetReport(
+    return OpenSetReport(
         closed_set_accuracy=means["closed_set_accuracy"],
         detection_rate=means["detection_rate"],
         observed_fpir=means.get("observed_fpir"),
@@ -139,8 +152,8 @@ def evaluate_identities(gallery: Gallery, probes: Embeddings) -> tuple[OpenSetRe
         strangers=len(set(labels[~known])),
         stranger_probes=int((~known).sum()),
         calibration_strangers=calibration.strangers,
+        probed=Probed(np.array([answer.score for answer in answers], dtype=np.float64), right, known, rates),
     )
-    return report, rates
 
 
 def open_set_trial(

@@ -17,10 +17,10 @@ from embedlab.retrieval.embedders import as_array
 THUMBNAIL_SIDE = 128  # pixels of the longer side, at most
 
 
-def thumbnail(pixels: np.ndarray[Any, Any]) -> bytes:
-    """JPEG of at most 128 x 128 pixels from an image (H, W, 1 or 3) uint8."""
+def thumbnail(pixels: np.ndarray[Any, Any], *, side: int = THUMBNAIL_SIDE) -> bytes:
+    """JPEG of at most side x side pixels from an image (H, W, 1 or 3) uint8."""
     image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = BytesIO()
     image.save(file, "JPEG", quality=85)
     return file.getvalue()

@@ -15,9 +15,17 @@ from tqdm import tqdm
 
 from embedlab._types import Embeddings
 from embedlab.data import Source, open_source
-from embedlab.metrics import bootstrap_interval
-from embedlab.retrieval.evaluation import Evaluation, Plan, Values, retrieval_figures, table, trial_roles
-from embedlab.retrieval.open_set import evaluate_identities, rate_interval, take, trial_gallery
+from embedlab.retrieval.evaluation import (
+    Evaluation,
+    Floats,
+    Plan,
+    intervals_of,
+    retrieval_figures,
+    table,
+    trial_figures,
+    trial_roles,
+)
+from embedlab.retrieval.open_set import evaluate_gallery, rate_interval, take, trial_gallery
 from embedlab.retrieval.subjects import ReadingOptions
 
 if TYPE_CHECKING:
@@ -152,7 +160,7 @@ def evaluate_robustness(
     same_rows = reference is None
     searched = clean if reference is None else reference
     rows: list[dict[str, Any]] = []
-    values: dict[Condition, dict[str, Values]] = {}
+    values: dict[Condition, dict[str, Floats]] = {}
     conditions = {CLEAN: clean, **degraded}
     for (name, severity), query in conditions.items():
         figures, values[name, severity] = retrieval_figures(query, searched, knn_k=knn_k, same_rows=same_rows)
@@ -166,11 +174,12 @@ def evaluate_robustness(
     }
     if strangers is not None:
         gallery, probing = trial_roles(clean, strangers, reference, templates=templates, seed=seed)
-        rates: dict[Condition, dict[str, Values]] = {}
+        rates: dict[Condition, dict[str, Floats]] = {}
         with trial_gallery(gallery, strangers, fpir=fpir) as opened:
             for row, (condition, query) in zip(rows, conditions.items(), strict=True):
-                trial, rates[condition] = evaluate_identities(opened, take(query, probing))
-                row["open_set"] = {**trial.to_dict(), "seed": seed, "templates": len(gallery)}
+                trial = evaluate_gallery(opened, take(query, probing))
+                rates[condition] = trial.probed.rates
+                row["open_set"] = trial_figures(trial, gallery, seed)
         for group, members in _groups(degraded).items():
             means[group]["open_set"] = _mean([rates[condition] for condition in members], None)
     return {"rows": rows, "means": means}
@@ -183,7 +192,7 @@ def _groups(conditions: Mapping[Condition, Any]) -> dict[str, list[Condition]]:
     return {**groups, "all": list(conditions)}
 
 
-def _mean(values: Sequence[Mapping[str, Values]], labels: np.ndarray[Any, Any] | None) -> dict[str, Any]:
+def _mean(values: Sequence[Mapping[str, Floats]], labels: np.ndarray[Any, Any] | None) -> dict[str, Any]:
     """Means of figures whose values are per query (with labels), or per identity."""
     result: dict[str, Any] = {"intervals": {}}
     for name in values[0]:
@@ -191,8 +200,8 @@ def _mean(values: Sequence[Mapping[str, Values]], labels: np.ndarray[Any, Any] |
         result[name] = float(np.nanmean(each))
         if labels is None:
             result["intervals"][name] = rate_interval(each)
-        elif len(set(labels[~np.isnan(each)])) > 1:
-            result["intervals"][name] = bootstrap_interval(each, labels)
+        else:
+            result["intervals"] |= intervals_of({name: each}, labels.tolist())
     return result
 
 

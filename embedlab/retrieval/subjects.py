@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from embedlab._types import Embeddings
 from embedlab.data.images import OnError
 from embedlab.data.sources import Source, open_source
-from embedlab.retrieval.embedders import OnnxEmbedder, on_device
+from embedlab.retrieval.embedders import OnnxEmbedder, as_embedder, on_device
 from embedlab.retrieval.embeddings import is_vectors, read_protocol, read_vectors
 
 if TYPE_CHECKING:
@@ -31,12 +32,14 @@ class Reading:
         columns: Further columns of the manifest, row by row of the embeddings.
         skipped: Names of images that could not be read.
         ignored: Files of a folder that were left aside because they are no images.
+        source: Where the pixels are, its row numbers being the ids of the embeddings; None for stored vectors.
     """
 
     embeddings: Embeddings
     columns: Mapping[str, list[str]] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     ignored: int = 0
+    source: Source | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,14 +90,25 @@ def stored_subject(path: str, labels: str | None = None, *, name: str = "vectors
 
     told = {"encoder", "preprocessing", "precision", "source", "select"}
     made = read_protocol(path) if (os.path.isdir(path) and is_vectors(path)) else {}
-    about = {("fingerprint" if key == "encoder" else key): made[key] for key in told & made.keys()}
-    return Subject(name, read, _with_digest(about))
+    about = {("fingerprint" if key == "encoder" else key): made[key] for key in sorted(told & made.keys())}
+    return Subject(name, read, {"path": path, **_with_digest(about)})
 
 
 def encoder_subject(
-    encoder: Encoder | OnnxEmbedder, name: str = "encoder", *, options: ReadingOptions | None = None
+    encoder: Encoder | OnnxEmbedder,
+    name: str = "encoder",
+    *,
+    options: ReadingOptions | None = None,
+    path: str | None = None,
 ) -> Subject:
-    """An encoder, on a GPU where there is one, or its exported file, without torch."""
+    """An encoder, on a GPU where there is one, or its exported file, without torch.
+
+    Args:
+        encoder: Images to vectors.
+        name: Of the row.
+        options: How images become vectors.
+        path: Where it is stored, for the protocol.
+    """
     placed = on_device(encoder)
     chosen = options or ReadingOptions()
 
@@ -105,6 +119,7 @@ def encoder_subject(
 
     exported = isinstance(encoder, OnnxEmbedder)
     about = {
+        "path": path,
         "fingerprint": placed.fingerprint,
         "architecture": {"class": "onnx"} if exported else placed.architecture,
         "preprocessing": placed.preprocessing,
@@ -159,6 +174,7 @@ def _reading(source: Source, found: Embeddings) -> Reading:
         {name: [values[row] for row in kept] for name, values in source.columns.items()},
         tuple(source.names[row] for row in lost),
         source.ignored,
+        source,
     )
 
 
@@ -168,3 +184,86 @@ def _with_digest(about: Mapping[str, Any]) -> dict[str, Any]:
         return dict(about)
     text = json.dumps(about["preprocessing"], sort_keys=True)
     return {**about, "preprocessing_digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
+
+
+def choose_subjects(
+    path: str | None,
+    *,
+    encoder: str | None = None,
+    compare: Sequence[str] | None = None,
+    baselines: bool = False,
+    select: Where | None = None,
+    labels: str | None = None,
+    reference: str | None = None,
+    options: ReadingOptions | None = None,
+) -> list[tuple[Subject, str]]:
+    """What a command line asks for: the subjects, each with the PATH that it reads.
+
+    Args:
+        path: Images or vectors; None only where two sets of stored vectors are compared.
+        encoder: Folder or exported file of one encoder.
+        compare: Two of them, or two sets of stored vectors.
+        baselines: Also raw pixels and the untrained network.
+        select: Rows of `path`.
+        labels: Of stored vectors.
+        reference: What is searched, if that is another path.
+        options: How images become vectors.
+
+    Raises:
+        ValueError: A combination that makes no sense.
+    """
+    if compare:
+        if encoder or baselines:
+            raise ValueError("--compare names two encoders itself; run --encoder and --baselines without it.")
+        return _compared(path, compare, labels, reference, options)
+    if path is None:
+        raise ValueError("evaluate needs PATH with the queries; only --compare of stored vectors does without.")
+    if is_vectors(path):
+        if baselines or encoder:
+            raise ValueError(f"{path} holds vectors; --encoder and --baselines need images.")
+        return [(stored_subject(path, labels), path)]
+    if encoder is None:
+        raise ValueError(f"{path} holds images, so evaluate needs --encoder FOLDER.")
+    loaded: Any = as_embedder(encoder)
+    others = baseline_subjects(loaded, path, select, options=options) if baselines else []
+    return [(subject, path) for subject in (encoder_subject(loaded, options=options, path=encoder), *others)]
+
+
+def _compared(
+    path: str | None,
+    compare: Sequence[str],
+    labels: str | None,
+    reference: str | None,
+    options: ReadingOptions | None,
+) -> list[tuple[Subject, str]]:
+    names = short_names(*compare)
+    if all(map(is_vectors, compare)):
+        if path or reference:
+            raise ValueError("--compare of two sets of stored vectors takes neither PATH nor --reference.")
+        return [(stored_subject(one, labels, name=name), one) for name, one in zip(names, compare, strict=True)]
+    if path is None:
+        raise ValueError("evaluate needs PATH with the queries; only --compare of stored vectors does without.")
+    if is_vectors(path):
+        raise ValueError(f"{path} holds vectors; the two encoders of --compare need images.")
+    loaded: list[Any] = [as_embedder(one) for one in compare]
+    return [
+        (encoder_subject(embedder, name, options=options, path=one), path)
+        for name, one, embedder in zip(names, compare, loaded, strict=True)
+    ]
+
+
+def short_names(first: str, second: str) -> tuple[str, str]:
+    """What tells two paths apart.
+
+    Example:
+        >>> short_names("runs/a/encoder", "runs/b/encoder")
+        ('a', 'b')
+    """
+    sides = [list(Path(path).parts) for path in (first, second)]
+    if sides[0] == sides[1]:
+        raise ValueError(f"--compare needs two different encoders, got {first} twice.")
+    for end in (0, -1):
+        while min(map(len, sides)) > 1 and sides[0][end] == sides[1][end]:
+            for side in sides:
+                side.pop(end)
+    return "/".join(sides[0]), "/".join(sides[1])

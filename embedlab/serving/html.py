@@ -152,98 +152,148 @@ class Line:
     Args:
         name: In the legend.
         points: (x, y), in the order in which they are joined.
-        tone: "good", "warn" or "accent".
+        tone: "good", "warn", "bad" or "accent".
         dashed: For bounds.
+        filled: Down to the bottom, for distributions.
+        band: (x, low, high), an area around the line, such as its interval.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     tone: str = "accent"
     dashed: bool = False
+    filled: bool = False
+    band: Sequence[tuple[float, float, float]] = ()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of a `line_chart`.
+
+    Args:
+        title: Beside it.
+        percent: Whether values are shares, shown as percent.
+        log: Powers of ten instead of even steps; values that are not above 0 are left out.
+        low: Where it starts at the latest; None starts at the lowest value.
+        exact: Starts and ends with the values instead of on round numbers.
+        values: Whether numbers stand at the steps.
+    """
+
+    title: str
+    percent: bool = False
+    log: bool = False
+    low: float | None = None
+    exact: bool = False
+    values: bool = True
+
+
+class _Scale:
+    """From values of an axis to a share of its length."""
+
+    def __init__(self, axis: Axis, values: Sequence[float]) -> None:
+        self.axis = axis
+        if axis.log:
+            positive = [value for value in values if value > 0] or [0.1]
+            self.low = float(math.floor(math.log10(min(positive)) + 1e-9))
+            self.high = max(self.low + 1, float(math.ceil(math.log10(max(positive)) - 1e-9)))
+            every = max(1, round((self.high - self.low) / 6))
+            self.steps = [10.0**power for power in range(int(self.low), int(self.high) + 1, every)]
+        else:
+            lowest = min(values) if axis.low is None else min(axis.low, *values)
+            self.low, self.high, self.steps = nice_scale(lowest, max(values))
+            if axis.exact and max(values) > lowest:
+                self.low, self.high = lowest, max(values)
+                self.steps = [step for step in self.steps if self.low <= step <= self.high]
+
+    def shows(self, value: float) -> bool:
+        return not self.axis.log or value > 0
+
+    def share(self, value: float) -> float:
+        place = math.log10(value) if self.axis.log else value
+        return (place - self.low) / (self.high - self.low)
+
+    def label(self, step: float) -> str:
+        return _tick(step, self.axis.percent) if self.axis.values else ""
 
 
 def line_chart(
     lines: Sequence[Line],
     *,
-    x: str,
-    y: str,
+    x: str | Axis,
+    y: str | Axis,
     mark: tuple[float, str] | None = None,
     percent: bool = True,
     description: str = "",
+    narrow: bool = False,
 ) -> Html:
     """Lines over one scale, drawn as SVG with a legend.
 
     Args:
         lines: At least one point among them.
         x: Under the chart.
-        y: Above the axis.
+        y: Above the axis; a title alone means an axis that starts at 0 at the latest.
         mark: A value of x with its name, drawn as an upright line.
-        percent: Whether y is a share, shown as percent.
+        percent: Whether y, if it is a title, is a share, shown as percent.
         description: For those who cannot see it.
+        narrow: For two charts side by side.
     """
-    points = [point for line in lines for point in line.points]
+    across_axis = x if isinstance(x, Axis) else Axis(x)
+    up_axis = y if isinstance(y, Axis) else Axis(y, percent=percent, low=0.0)
+    points = [point for line in lines for point in (*line.points, *((p[0], h) for p in line.band for h in p[1:]))]
     if not points:
         raise ValueError("line_chart needs at least one point, got none.")
-    across = [point[0] for point in points] + ([] if mark is None else [mark[0]])
-    low, high, steps = nice_scale(min(across), max(across))
-    floor, top, rungs = nice_scale(min(0.0, *(point[1] for point in points)), max(point[1] for point in points))
+    across = _Scale(across_axis, [point[0] for point in points] + ([] if mark is None else [mark[0]]))
+    up = _Scale(up_axis, [point[1] for point in points])
+    wide, high = (460 if narrow else WIDTH), HEIGHT
 
     def place(value: tuple[float, float]) -> tuple[float, float]:
-        width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-        return LEFT + width * (value[0] - low) / (high - low), TOP + height * (1 - (value[1] - floor) / (top - floor))
+        return (
+            LEFT + (wide - LEFT - RIGHT) * across.share(value[0]),
+            TOP + (high - TOP - BOTTOM) * (1 - up.share(value[1])),
+        )
 
+    floor = 10.0**up.low if up_axis.log else up.low
+    first = 10.0**across.low if across_axis.log else across.low
     ladder = [
         joined(
-            tag(
-                "line",
-                x1=LEFT,
-                x2=WIDTH - RIGHT,
-                y1=f"{place((low, rung))[1]:.1f}",
-                y2=f"{place((low, rung))[1]:.1f}",
-                class_="axis",
-            ),
-            tag("text", _tick(rung, percent), x=LEFT - 8, y=f"{place((low, rung))[1] + 4:.1f}", text_anchor="end"),
+            tag("line", x1=LEFT, x2=wide - RIGHT, y1=_units(level), y2=_units(level), class_="axis"),
+            tag("text", up.label(rung), x=LEFT - 8, y=_units(level + 4), text_anchor="end"),
         )
-        for rung in rungs
+        for rung in up.steps
+        for level in [place((first, rung))[1]]
     ]
     ticks = [
-        tag(
-            "text", _tick(step, False), x=f"{place((step, floor))[0]:.1f}", y=HEIGHT - BOTTOM + 22, text_anchor="middle"
-        )
-        for step in steps
+        tag("text", across.label(step), x=_units(place((step, floor))[0]), y=high - BOTTOM + 22, text_anchor="middle")
+        for step in across.steps
     ]
-    paths = [
-        tag("path", d=_path([place(point) for point in line.points]), class_=_tone(line))
-        for line in lines
-        if line.points
-    ]
-    marked = None
-    if mark is not None:
-        where = place((mark[0], floor))[0]
-        left = where > (LEFT + WIDTH) / 2
-        marked = joined(
-            tag("line", x1=f"{where:.1f}", x2=f"{where:.1f}", y1=TOP, y2=HEIGHT - BOTTOM, class_="mark"),
-            tag(
-                "text",
-                mark[1],
-                x=f"{where + (-6 if left else 6):.1f}",
-                y=TOP + 11,
-                text_anchor="end" if left else "start",
-                class_="mark-text",
-            ),
-        )
+
+    def shown(some: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [place(point) for point in some if across.shows(point[0]) and up.shows(point[1])]
+
+    drawn = []
+    for line in lines:
+        there = shown(line.points)
+        edge = shown([(p[0], p[2]) for p in line.band]) + shown([(p[0], p[1]) for p in line.band])[::-1]
+        if edge:
+            drawn.append(tag("path", d=_path(edge) + "Z", class_=f"area tone-{line.tone}"))
+        if line.filled and there:
+            bottom = place((first, floor))[1]
+            area = [(there[0][0], bottom), *there, (there[-1][0], bottom)]
+            drawn.append(tag("path", d=_path(area) + "Z", class_=f"area tone-{line.tone}"))
+        if there:
+            drawn.append(tag("path", d=_path(there), class_=_tone(line)))
     drawing = tag(
         "svg",
         tag("title", description) if description else None,
         ladder,
         ticks,
-        tag("text", x, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 8, text_anchor="middle"),
-        paths,
-        marked,
-        class_="chart",
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        tag("text", across_axis.title, x=(LEFT + wide - RIGHT) / 2, y=high - 8, text_anchor="middle"),
+        drawn,
+        None if mark is None else _mark(place((mark[0], floor))[0], mark[1], (LEFT + wide) / 2, high),
+        class_="chart narrow" if narrow else "chart",
+        viewBox=f"0 0 {wide} {high}",
         role="img",
-        aria_label=description or y,
+        aria_label=description or up_axis.title,
     )
     legend = [
         tag(
@@ -255,7 +305,27 @@ def line_chart(
         )
         for line in lines
     ]
-    return joined(drawing, tag("ul", legend, class_="legend"))
+    title = tag("div", up_axis.title, class_="chart-title") if isinstance(y, Axis) else None
+    return tag("div", title, drawing, tag("ul", legend, class_="legend"), class_="drawing")
+
+
+def _mark(where: float, text: str, middle: float, high: int) -> Html:
+    left = where > middle
+    return joined(
+        tag("line", x1=_units(where), x2=_units(where), y1=TOP, y2=high - BOTTOM, class_="mark"),
+        tag(
+            "text",
+            text,
+            x=_units(where + (-6 if left else 6)),
+            y=TOP + 11,
+            text_anchor="end" if left else "start",
+            class_="mark-text",
+        ),
+    )
+
+
+def _units(length: float) -> str:
+    return f"{length:.1f}"
 
 
 def nice_scale(low: float, high: float, *, steps: int = 5) -> tuple[float, float, list[float]]:

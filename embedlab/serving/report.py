@@ -11,7 +11,7 @@ import numpy as np
 from embedlab.data.images import read_image
 from embedlab.retrieval.audit import Audit, Confusable, Duplicates, audit
 from embedlab.retrieval.calibration import Calibration
-from embedlab.retrieval.pictures import thumbnail
+from embedlab.retrieval.pictures import THUMBNAIL_SIDE, thumbnail
 from embedlab.serving.html import (
     Column,
     Html,
@@ -134,12 +134,12 @@ def template_pictures(gallery: Gallery) -> Pictures:
     return find
 
 
-def file_picture(path: object) -> bytes | None:
+def file_picture(path: object, *, side: int = THUMBNAIL_SIDE) -> bytes | None:
     """A small JPEG of an image file; None where there is no such file or it is none."""
     if not isinstance(path, str) or not os.path.isfile(path):
         return None
     try:
-        return thumbnail(read_image(path))
+        return thumbnail(read_image(path), side=side)
     except (ValueError, OSError):
         return None
 

@@ -1,0 +1,94 @@
+"""Two encoders on the same images: differences with paired intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from embedlab.metrics import bootstrap_interval, bootstrap_intervals
+from embedlab.retrieval.evaluation import Evaluation, Verification, enough, interval_of
+from embedlab.retrieval.subjects import Reading
+
+LOWER_IS_BETTER = frozenset({"eer", "observed_fpir"})
+
+
+def compare(first: Evaluation, second: Evaluation) -> dict[str, Any]:
+    """Two subjects on the same images: differences first - second, with paired intervals over the same identities.
+
+    Returns:
+        `figures`: name to first, second, difference, interval (95 %), and `better`: the name of the one that is
+        better where the interval leaves out 0, else None.
+
+    Raises:
+        ValueError: Not the same images in the same order.
+    """
+    _require_same_images(first, second)
+    pairs: dict[str, tuple[float, float, tuple[float, float] | None]] = {}
+    both = {name: (first.per_query[name], second.per_query[name]) for name in first.per_query}
+    if enough(first.per_query["recall_at_1"], first.labels):
+        differences = {name: one - other for name, (one, other) in both.items()}
+        for name, interval in bootstrap_intervals(differences, first.labels).items():
+            pairs[name] = (*(float(np.nanmean(side)) for side in both[name]), interval)  # type: ignore[assignment]
+    if first.verification and second.verification:
+        exact = [_verification_values(one.verification) for one in (first, second) if one.verification]
+        for name, values in first.verification.resamples.items():
+            interval_here = interval_of(values - second.verification.resamples[name])
+            pairs[name] = (exact[0][name], exact[1][name], interval_here)
+    if first.open_set and second.open_set:
+        for name, rates in first.open_set.probed.rates.items():
+            others = second.open_set.probed.rates[name]
+            interval_here = bootstrap_interval(rates - others, np.arange(len(rates))) if len(rates) > 1 else None
+            pairs[name] = (float(rates.mean()), float(others.mean()), interval_here)
+    return {
+        "first": first.name,
+        "second": second.name,
+        "figures": {
+            name: {
+                "first": one,
+                "second": other,
+                "difference": one - other,
+                "interval": interval,
+                "better": _better(name, interval, (first.name, second.name)),
+            }
+            for name, (one, other, interval) in pairs.items()
+        },
+    }
+
+
+def _better(name: str, interval: tuple[float, float] | None, names: tuple[str, str]) -> str | None:
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return None
+    return names[int((interval[0] > 0) == (name in LOWER_IS_BETTER))]
+
+
+def _verification_values(found: Verification) -> dict[str, float]:
+    report = found.report
+    rates = {f"tar_at_{far:g}": tar for far, tar in zip(report.far, report.tar, strict=True)}
+    return {"auc": report.auc, "eer": report.eer, **rates}
+
+
+def _require_same_images(first: Evaluation, second: Evaluation) -> None:
+    sides: list[tuple[str, Callable[[Evaluation], Reading]]] = [
+        ("queries", lambda one: one.query),
+        ("reference images", lambda one: one.searched),
+    ]
+    for what, side in sides:
+        ours, theirs = side(first).embeddings, side(second).embeddings
+        named = ours.paths is not None and theirs.paths is not None
+        if ours.labels != theirs.labels or (named and ours.paths != theirs.paths):
+            raise ValueError(
+                f"{first.name} and {second.name} were not given the same {what} in the same order ({len(ours)} and "
+                f"{len(theirs)} images), which a paired comparison needs. Were some skipped, or is it other data?"
+            )
+
+
+def to_text(found: dict[str, Any]) -> str:
+    """The differences as lines for a terminal."""
+    lines = [f"{found['first']} - {found['second']}, paired over the same identities"]
+    for name, row in found["figures"].items():
+        interval = "" if row["interval"] is None else " [{:+.4f}, {:+.4f}]".format(*row["interval"])
+        verdict = f"  {row['better']} is better" if row["better"] else ""
+        lines.append(f"{name:22}{row['difference']:+.4f}{interval}{verdict}")
+    return "\n".join(lines)

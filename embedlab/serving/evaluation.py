@@ -1,0 +1,763 @@
+"""The report of `embedlab evaluate`: figures, curves and pictures as one HTML file that loads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from embedlab.metrics import open_set_curve
+from embedlab.retrieval.evaluation import Evaluation
+from embedlab.retrieval.findings import class_figures
+from embedlab.serving.evaluation_pictures import (
+    CONFUSIONS,
+    EXAMPLES,
+    MAP_POINTS,
+    confusions_section,
+    disagreements_section,
+    examples_section,
+    map_section,
+)
+from embedlab.serving.html import (
+    Axis,
+    Column,
+    Html,
+    Line,
+    joined,
+    line_chart,
+    page,
+    section,
+    table,
+    tag,
+)
+
+if TYPE_CHECKING:
+    from embedlab.encoders.capacity import Capacity
+
+CLASSES = 1_000  # rows of the table
+BINS = 80  # of a distribution
+CURVE = 300  # points of a curve
+TONES = ("accent", "warn", "good", "bad")
+
+Interval = Sequence[float] | None
+
+
+def evaluation_report(
+    found: Sequence[Evaluation],
+    comparison: Mapping[str, Any] | None,
+    protocol: Mapping[str, Any],
+    *,
+    capacities: Mapping[str, Capacity] | None = None,
+) -> str:
+    """An evaluation as one HTML document.
+
+    Args:
+        found: What was evaluated; pictures are of the first, and of the second where they are compared.
+        comparison: Of `compare`, or None.
+        protocol: Of `protocol_of`.
+        capacities: Subject to what it costs.
+    """
+    first = found[0]
+    data = protocol["data"]["query"]
+    title = _title(first, comparison)
+    links = [
+        ("summary", "Summary"),
+        ("retrieval", "Retrieval"),
+        *([("verification", "Verification")] if first.verification else []),
+        *([("open-set", "Open set")] if first.open_set else []),
+        *([("degraded", "Bad conditions")] if "degraded" in first.figures else []),
+        ("examples", "Examples"),
+        ("confusions", "Confusions"),
+        ("classes", "Classes"),
+        ("map", "Map"),
+        *([("cost", "Cost")] if capacities else []),
+        ("protocol", "Protocol"),
+    ]
+    return page(
+        f"Evaluation of {title}",
+        tag(
+            "header",
+            tag("div", "Comparison" if comparison else "Evaluation", class_="eyebrow"),
+            tag("h1", title),
+            tag("p", _told(first, data), class_="quiet"),
+            tag("nav", [tag("a", text, href=f"#{name}") for name, text in links]),
+        ),
+        tag(
+            "main",
+            _tiles(first),
+            _summary(found, comparison),
+            _retrieval(found),
+            _verification(found, 2 if comparison else 1) if first.verification else None,
+            _open_set(found) if first.open_set else None,
+            _degraded(first) if "degraded" in first.figures else None,
+            examples_section(first),
+            disagreements_section(first, found[1]) if comparison else None,
+            confusions_section(first),
+            _classes(first),
+            map_section(found[:2] if comparison else found[:1]),
+            _cost(capacities) if capacities else None,
+            _protocol(protocol),
+        ),
+        tag(
+            "footer",
+            tag("p", f"Made by embedlab {protocol['versions']['embedlab']}, embedlab evaluate.", class_="quiet"),
+        ),
+    )
+
+
+def _title(first: Evaluation, comparison: Mapping[str, Any] | None) -> str:
+    if comparison:
+        return f"{comparison['first']} and {comparison['second']}"
+    return "/".join(first.plan.path.rstrip("/").split("/")[-2:]) or first.plan.path
+
+
+def _told(first: Evaluation, data: Mapping[str, Any]) -> str:
+    where = (
+        "every image searched among the others (leave-one-out)"
+        if first.reference is None
+        else f"searched in {len(first.searched.embeddings):,} reference images"
+    )
+    lost = data["skipped"]
+    return (
+        f"{data['images']:,} images of {data['identities']:,} identities, {where}; {data['dim']} numbers per image."
+        + (f" {lost:,} unreadable images were skipped." if lost else "")
+    )
+
+
+# ---- figures -------------------------------------------------------------------------------------------------------
+
+
+def _range(interval: Interval, digits: int = 1) -> str:
+    return "" if interval is None else f"{100 * interval[0]:.{digits}f} to {interval[1]:.{digits}%}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _tile(value: float | None, name: str, interval: Interval) -> Html:
+    return tag(
+        "div",
+        tag("b", _percent(value)),
+        tag("span", name),
+        tag("span", _range(interval), class_="range") if interval is not None else None,
+        class_="figure",
+    )
+
+
+def _tiles(first: Evaluation) -> Html:
+    """The five or six figures that say most."""
+    figures = first.figures
+    ranges = figures["intervals"]
+    tiles = [
+        _tile(figures["recall_at_1"], "recall@1", ranges.get("recall_at_1")),
+        _tile(figures["map_at_r"], "MAP@R", ranges.get("map_at_r")),
+    ]
+    pairs = figures.get("verification")
+    if pairs:
+        tiles.append(_tile(pairs["eer"], "equal error rate", pairs["intervals"].get("eer")))
+        place = _shown_far(pairs)
+        if place is not None:
+            name = f"tar_at_{pairs['far'][place]:g}"
+            tiles.append(
+                _tile(pairs["tar"][place], f"TAR at FAR {pairs['far'][place]:g}", pairs["intervals"].get(name))
+            )
+    trial = figures.get("open_set")
+    if trial:
+        tiles.append(_tile(trial["detection_rate"], "enrolled named right", trial["intervals"]["detection_rate"]))
+        if trial["observed_fpir"] is not None:
+            tiles.append(_tile(trial["observed_fpir"], "strangers let in", trial["intervals"]["observed_fpir"]))
+    else:
+        tiles.append(
+            _tile(figures["knn_accuracy"], f"k-NN accuracy, k = {figures['knn_k']}", ranges.get("knn_accuracy"))
+        )
+    return joined(
+        tag("div", tiles, class_="figures"),
+        tag(
+            "p",
+            f"With 95% intervals over {figures['identities']:,} identities, {_mode(first)}; how each is measured "
+            "stands in the summary.",
+            class_="quiet note",
+        ),
+    )
+
+
+def _shown_far(pairs: Mapping[str, Any]) -> int | None:
+    """The false accept rate for the tile: 0.001, or the nearest that the pairs support."""
+    if not pairs["far"]:
+        return None
+    return int(np.abs(np.log10(pairs["far"]) + 3).argmin())
+
+
+def _summary(found: Sequence[Evaluation], comparison: Mapping[str, Any] | None) -> Html:
+    rows = _summary_rows(found)
+    head = [tag("th", "Figure", scope="col")]
+    head += [tag("th", one.name, scope="col", class_="number") for one in found]
+    if comparison:
+        head.append(tag("th", "Difference", scope="col", class_="number"))
+    head.append(tag("th", "Measured by", scope="col"))
+    body = []
+    for key, name, values, how in rows:
+        cells = [tag("th", name, scope="row")]
+        for value, interval in values:
+            cells.append(tag("td", _percent(value), _small(_range(interval)), class_="number"))
+        if comparison:
+            cells.append(_difference(comparison["figures"].get(key)))
+        cells.append(tag("td", how, class_="quiet how"))
+        body.append(tag("tr", cells))
+    return section(
+        "Summary",
+        tag(
+            "p",
+            "With 95% intervals by resampling identities."
+            + (
+                " Differences are paired: both are resampled together, over the same identities. In percentage points."
+                if comparison
+                else ""
+            ),
+            class_="quiet",
+        ),
+        tag(
+            "div",
+            tag("table", tag("thead", tag("tr", head)), tag("tbody", body), class_="summary"),
+            class_="scroll",
+            tabindex=0,
+        ),
+        _health(found),
+        name="summary",
+    )
+
+
+def _small(text: str) -> Html | None:
+    return tag("div", text, class_="range") if text else None
+
+
+def _difference(row: Mapping[str, Any] | None) -> Html:
+    if row is None:
+        return tag("td", "-", class_="number")
+    interval = row["interval"]
+    shown = "" if interval is None else f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
+    badge = tag("span", f"{row['better']} is better", class_="badge good") if row["better"] else None
+    return tag("td", f"{100 * row['difference']:+.1f}", _small(shown), badge, class_="number")
+
+
+def _summary_rows(found: Sequence[Evaluation]) -> list[tuple[str, str, list[tuple[float | None, Interval]], str]]:
+    """Key, name, value and interval of each subject, and how the figure is measured."""
+    first = found[0]
+    figures = first.figures
+    queries = f"{figures['queries'] - figures['without_match']:,} queries of {figures['identities']:,} identities"
+    mode = _mode(first)
+    where = f"{mode}, {queries}, cosine"
+    names = {
+        "recall_at_1": ("recall@1", "nearest is of the same class"),
+        "recall_at_5": ("recall@5", "one of the 5 nearest is"),
+        "recall_at_10": ("recall@10", "one of the 10 nearest is"),
+        "r_precision": ("R-precision", "share of the R nearest; R: images that could be found"),
+        "map_at_r": ("MAP@R", "the same with order"),
+        "knn_accuracy": (f"k-NN, k = {figures['knn_k']}", "vote weighted by exp(cosine / 0.1)"),
+    }
+    rows = [
+        (key, name, [(one.figures[key], one.figures["intervals"].get(key)) for one in found], f"{how}; {where}")
+        for key, (name, how) in names.items()
+    ]
+    if "coarse" in figures:
+        coarse = figures["coarse"]
+        rows.append(
+            (
+                "coarse_recall_at_1",
+                "coarse recall@1",
+                [(one.figures["coarse"]["recall_at_1"], one.figures["coarse"]["interval"]) for one in found],
+                f"nearest is of the same of {coarse['classes']} {coarse['column']} classes; {where}",
+            )
+        )
+    if first.verification:
+        rows += _verification_rows(found, mode)
+    if first.open_set:
+        rows += _open_set_rows(found)
+    return rows
+
+
+def _verification_rows(
+    found: Sequence[Evaluation], mode: str
+) -> list[tuple[str, str, list[tuple[float | None, Interval]], str]]:
+    pairs = [one.figures["verification"] for one in found]
+    all_pairs = f"all {pairs[0]['genuine']:,} genuine and {pairs[0]['impostors']:,} impostor pairs, {mode}"
+    rows = [
+        ("auc", "ROC AUC", [(p["auc"], p["intervals"]["auc"]) for p in pairs], f"genuine above impostor; {all_pairs}"),
+        (
+            "eer",
+            "equal error rate",
+            [(p["eer"], p["intervals"]["eer"]) for p in pairs],
+            f"lower is better; {all_pairs}",
+        ),
+    ]
+    for place, far in enumerate(pairs[0]["far"]):
+        key = f"tar_at_{far:g}"
+        rows.append(
+            (
+                key,
+                f"TAR at FAR {far:g}",
+                [(p["tar"][place], p["intervals"].get(key)) for p in pairs],
+                f"genuine accepted, with {100 * far:g}% of impostors; {all_pairs}",
+            )
+        )
+    return rows
+
+
+def _open_set_rows(found: Sequence[Evaluation]) -> list[tuple[str, str, list[tuple[float | None, Interval]], str]]:
+    trials = [one.figures["open_set"] for one in found]
+    first = trials[0]
+    who = f"{first['enrolled']} enrolled, {first['strangers']} strangers, means over identities"
+    names = {
+        "closed_set_accuracy": ("closed-set accuracy", f"best identity is right; {who}"),
+        "detection_rate": ("detection rate", f"right and above the threshold; {who}"),
+        "observed_fpir": (
+            "strangers let in (FPIR)",
+            f"promised at most {first['target_fpir']:.1%} by a threshold set on {first['calibration_strangers']} "
+            f"others; {who}",
+        ),
+    }
+    return [
+        (key, name, [(one[key], one["intervals"].get(key)) for one in trials], how)
+        for key, (name, how) in names.items()
+    ]
+
+
+def _health(found: Sequence[Evaluation]) -> Html:
+    columns = [
+        Column("Health of the embedding"),
+        Column("effective rank", number=True, digits=1),
+        Column("feature std x root D", number=True, digits=2),
+        Column("uniformity", number=True, digits=2),
+        Column("hubness, k = 10", number=True, digits=2),
+    ]
+    rows = [
+        (
+            one.name,
+            one.figures["health"]["effective_rank"],
+            one.figures["health"]["feature_std"] * one.query.embeddings.vectors.shape[1] ** 0.5,
+            one.figures["health"]["uniformity"],
+            one.figures["health"]["hubness"],
+        )
+        for one in found
+    ]
+    rows_told = found[0].figures["health"]["rows"]
+    return joined(
+        table(columns, rows),
+        tag(
+            "p",
+            f"On {rows_told:,} vectors. Collapse shows as an effective rank near 1 and a standard deviation near 0; "
+            "healthy are a standard deviation near 1, a uniformity towards -4 and a hubness near 0.",
+            class_="quiet",
+        ),
+    )
+
+
+# ---- curves --------------------------------------------------------------------------------------------------------
+
+
+def _tone_of(number: int) -> tuple[str, bool]:
+    return TONES[number % len(TONES)], number >= len(TONES)
+
+
+def _retrieval(found: Sequence[Evaluation]) -> Html:
+    curves, classes = [], []
+    for number, one in enumerate(found):
+        tone, dashed = _tone_of(number)
+        curve, ranges = one.figures["cmc"], one.figures["cmc_intervals"]
+        band = [(rank, low, high) for rank, (low, high) in enumerate(ranges, 1)] if number < 2 else []
+        curves.append(Line(one.name, list(enumerate(curve, 1)), tone, dashed, band=band))
+        recalls = sorted(row.recall_at_1 for row in class_figures(one) if row.recall_at_1 is not None)
+        steps = [(place / max(1, len(recalls) - 1), recall) for place, recall in enumerate(recalls)]
+        classes.append(Line(one.name, _every(steps, CURVE), tone, dashed))
+    figures = found[0].figures
+    low = min(min(one.figures["cmc"]) for one in found)
+    lonely = (
+        f" {figures['without_match']:,} queries without a class-mate are left out." if figures["without_match"] else ""
+    )
+    charts = [
+        line_chart(
+            curves,
+            x=Axis("rank", exact=True),
+            y=Axis("CMC: queries with a match", percent=True, low=max(0.0, low - 0.05)),
+            narrow=True,
+            description=f"Recall at rank 1 is {figures['cmc'][0]:.1%}, at rank {len(figures['cmc'])} "
+            f"{figures['cmc'][-1]:.1%}",
+        ),
+        line_chart(
+            classes,
+            x=Axis("classes, the worst first", percent=True, low=0.0),
+            y=Axis("recall@1 of a class", percent=True, low=0.0),
+            narrow=True,
+            description="Recall at rank 1 of each class, in ascending order",
+        ),
+    ]
+    return section(
+        "Retrieval",
+        tag(
+            "p",
+            f"Left: the share of queries with an image of their class among the first so many ({_mode(found[0])}); the "
+            f"band is the 95% interval over identities.{lonely} Right: how evenly classes are found.",
+            class_="quiet",
+        ),
+        tag("div", charts, class_="charts"),
+        name="retrieval",
+    )
+
+
+def _every(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most so many of the points, both ends among them."""
+    if len(points) <= most:
+        return points
+    return [points[place] for place in np.linspace(0, len(points) - 1, most).round().astype(int).tolist()]
+
+
+def _mode(first: Evaluation) -> str:
+    return "leave-one-out" if first.reference is None else "query against reference"
+
+
+def _verification(found: Sequence[Evaluation], seen: int) -> Html:
+    shown = [(number, one.name, one.verification) for number, one in enumerate(found) if one.verification]
+    roc, det, recall = [], [], []
+    for number, name, pairs in shown:
+        tone, dashed = _tone_of(number)
+        curve = pairs.report.curve
+        assert curve is not None
+        far, tar = curve.far.tolist(), curve.tar.tolist()
+        smallest = 1 / pairs.report.impostors
+        roc.append(Line(name, [(max(f, smallest), t) for f, t in zip(far, tar, strict=True)], tone, dashed))
+        det.append(Line(name, [(max(f, smallest), 1 - t) for f, t in zip(far, tar, strict=True)], tone, dashed))
+        steps = zip(tar[1:], curve.precision.tolist()[1:], strict=True)
+        recall.append(Line(name, [(t, p) for t, p in steps if p == p], tone, dashed))
+    report = shown[0][2].report
+    sample = shown[0][2].pairs
+    far_axis = Axis("false accept rate", percent=True, log=True)
+    charts = [
+        line_chart(
+            roc,
+            x=far_axis,
+            y=Axis("ROC: genuine pairs accepted", percent=True, low=0.0),
+            narrow=True,
+            description=f"ROC curve, area {report.auc:.4f}",
+        ),
+        line_chart(
+            det,
+            x=far_axis,
+            y=Axis("DET: genuine pairs rejected", percent=True, log=True),
+            narrow=True,
+            description=f"DET curve, equal error rate {report.eer:.2%}",
+        ),
+        line_chart(
+            recall,
+            x=Axis("genuine pairs found (recall)", percent=True, low=0.0),
+            y=Axis("precision of accepted pairs", percent=True, low=0.0),
+            narrow=True,
+            description=f"Precision over recall of pairs, average precision {report.average_precision:.4f}",
+        ),
+        *(
+            line_chart(
+                _distributions(*pairs.scores, ("genuine pairs", "impostor pairs")),
+                x=Axis("cosine"),
+                y=Axis(
+                    "distribution of cosines" + (f": {name}" if len(shown) > 1 else ""),
+                    percent=True,
+                    low=0.0,
+                    values=False,
+                ),
+                mark=(pairs.report.eer_threshold, f"EER {pairs.report.eer_threshold:.3f}"),
+                narrow=True,
+                description="Cosines of genuine and impostor pairs, each with an area of one",
+            )
+            for _, name, pairs in shown[:seen]
+        ),
+    ]
+    drawn = len(sample.genuine) < sample.genuine_total or len(sample.impostors) < sample.impostors_total
+    return section(
+        "Verification",
+        tag(
+            "p",
+            f"Are two images of the same identity? Curves are over all {report.genuine:,} genuine and "
+            f"{report.impostors:,} impostor pairs, drawn through at most some hundred of their points"
+            + (
+                f"; distributions and intervals are of {len(sample.genuine):,} and {len(sample.impostors):,} pairs "
+                "drawn by seed."
+                if drawn
+                else "; distributions and intervals are of the same pairs."
+            ),
+            class_="quiet",
+        ),
+        tag("div", charts, class_="charts"),
+        _rates(found[:seen]),
+        name="verification",
+    )
+
+
+def _distributions(
+    first: Any, second: Any, names: tuple[str, str], tones: tuple[str, str] = ("good", "bad")
+) -> list[Line]:
+    """Two histograms over one scale, each with an area of one."""
+    low, high = (float(edge) for edge in (min(first.min(), second.min()), max(first.max(), second.max())))
+    edges = np.linspace(low, max(high, low + 1e-6), BINS + 1)
+    middles = (edges[1:] + edges[:-1]) / 2
+    lines = []
+    for values, name, tone in zip((first, second), names, tones, strict=True):
+        share = np.histogram(values, edges)[0] / len(values)
+        lines.append(Line(name, list(zip(middles.tolist(), share.tolist(), strict=True)), tone, filled=True))
+    return lines
+
+
+def _rates(found: Sequence[Evaluation]) -> Html:
+    rows = [
+        (one.name, f"{far:g}", tar, "-" if np.isinf(threshold) else f"{threshold:.4f}")
+        for one in found
+        if one.verification
+        for far, tar, threshold in zip(
+            one.verification.report.far, one.verification.report.tar, one.verification.report.threshold, strict=True
+        )
+    ]
+    columns = [
+        Column("Encoder"),
+        Column("FAR", number=True),
+        Column("TAR", number=True, digits=4),
+        Column("Lowest cosine accepted", number=True),
+    ]
+    return joined(
+        tag("h3", "Thresholds", class_="sub"),
+        tag(
+            "p",
+            "To accept at a false accept rate. Rates that fewer than ten impostor pairs could support are left out.",
+            class_="quiet",
+        ),
+        table(columns, rows),
+    )
+
+
+def _open_set(found: Sequence[Evaluation]) -> Html:
+    first = found[0].open_set
+    assert first is not None
+    probed = first.probed
+    named, strangers = probed.scores[probed.known & probed.right], probed.scores[~probed.known]
+    charts = []
+    if len(named) and len(strangers):
+        charts.append(
+            line_chart(
+                _distributions(named, strangers, ("enrolled, best identity right", "strangers")),
+                x=Axis("best score of a probe"),
+                y=Axis("distribution of scores", percent=True, low=0.0, values=False),
+                mark=(first.threshold, f"threshold {first.threshold:.3f}"),
+                narrow=True,
+                description="Best scores of enrolled and of strangers with the calibrated threshold",
+            )
+        )
+        lines = []
+        for number, one in enumerate(found):
+            if one.open_set is None:
+                continue
+            tone, dashed = _tone_of(number)
+            rates = open_set_curve(one.open_set.probed.scores, one.open_set.probed.right, one.open_set.probed.known)
+            points = list(zip(rates[0].tolist(), (1 - rates[1]).tolist(), strict=True))
+            lines.append(Line(one.name, _every(points, CURVE), tone, dashed))
+        charts.append(
+            line_chart(
+                lines,
+                x=Axis("strangers let in (FPIR), by probe", percent=True, low=0.0),
+                y=Axis("enrolled named right, by probe", percent=True, low=0.0),
+                mark=(first.target_fpir, f"promised {first.target_fpir:.1%}"),
+                narrow=True,
+                description="Detection and identification rate over the false-positive identification rate",
+            )
+        )
+    kept = first.observed_fpir is None or first.observed_fpir <= first.target_fpir
+    trial = found[0].figures["open_set"]
+    badge = tag("span", "kept" if kept else "exceeded on these strangers", class_=f"badge {'good' if kept else 'warn'}")
+    return section(
+        "Strangers",
+        tag(
+            "p",
+            f"Of strangers at most {first.target_fpir:.1%} were to be taken for somebody; ",
+            "-" if first.observed_fpir is None else f"{first.observed_fpir:.1%} were. ",
+            badge,
+            class_="lead",
+        ),
+        tag(
+            "p",
+            f"{first.enrolled:,} identities with {trial['templates']:,} templates are enrolled, "
+            f"{first.genuine_probes:,} probes are of them and {first.stranger_probes:,} of {first.strangers:,} "
+            f"strangers; the threshold was set on {first.calibration_strangers:,} other identities (upper bound "
+            f"{first.bound:.2%}).",
+            f" By probe, strangers told from enrolled: AUROC {trial['unknown_auroc']:.3f}; area under open-set "
+            f"classification (OSCR) {trial['oscr']:.3f}."
+            if first.strangers
+            else "",
+            class_="quiet",
+        ),
+        tag("div", charts, class_="charts"),
+        name="open-set",
+    )
+
+
+def _classes(found: Evaluation) -> Html:
+    rows = class_figures(found)
+    shown = rows[:CLASSES]
+    columns = [
+        Column("Class"),
+        Column("Queries", number=True),
+        Column("Recall@1", number=True, digits=3),
+        Column("Recall@5", number=True, digits=3),
+        Column("MAP@R", number=True, digits=3),
+        Column("Most often taken for"),
+        Column("Times", number=True),
+    ]
+    cells = [
+        (row.label, row.queries, row.recall_at_1, row.recall_at_5, row.map_at_r, row.taken_for, row.times)
+        for row in shown
+    ]
+    perfect = sum(row.recall_at_1 == 1 for row in rows)
+    return section(
+        "Classes",
+        tag(
+            "p",
+            f"{len(rows):,} classes, the worst first; {perfect:,} have every nearest right."
+            + (f" The first {len(shown):,} are shown, the JSON has all." if len(shown) < len(rows) else "")
+            + " A click on the head of a column sorts by it.",
+            class_="quiet",
+        ),
+        tag("div", table(columns, cells), class_="tall"),
+        name="classes",
+    )
+
+
+def _degraded(found: Evaluation) -> Html:
+    """Recall at rank 1 under bad conditions, by severity; drawn for the first subject."""
+    report = found.figures["degraded"]
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    clean = next(row["recall_at_1"] for row in report["rows"] if not row["severity"])
+    for row in report["rows"]:
+        if row["severity"]:
+            kinds.setdefault(row["degradation"], [(0, clean)]).append((row["severity"], row["recall_at_1"]))
+    lines = [Line(name, sorted(points), *_tone_of(number)) for number, (name, points) in enumerate(kinds.items())]
+    return section(
+        "Bad conditions",
+        tag(
+            "p",
+            f"Recall@1 where queries are degraded and what is searched stays clean, {_mode(found)}; 0 is clean.",
+            class_="quiet",
+        ),
+        line_chart(lines, x=Axis("severity", low=0.0), y=Axis("recall@1", percent=True, low=0.0)),
+        name="degraded",
+    )
+
+
+# ---- cost and protocol ---------------------------------------------------------------------------------------------
+
+
+def costs_of(
+    found: Sequence[Evaluation], *, precision: Literal["float32", "bfloat16"] = "float32"
+) -> dict[str, Capacity]:
+    """What the encoders cost here; baselines and exported files are left aside."""
+    wanted = {one.name: one.subject.encoder for one in found if one.subject.about.get("path")}
+    encoders = {name: encoder for name, encoder in wanted.items() if hasattr(encoder, "state_dict")}
+    if not encoders:
+        return {}
+    from embedlab.encoders import measure_capacity
+
+    return {
+        name: measure_capacity(encoder, seconds=0.5, precision=precision)  # type: ignore[arg-type]
+        for name, encoder in encoders.items()
+    }
+
+
+def _cost(capacities: Mapping[str, Capacity]) -> Html:
+    columns = [
+        Column("Encoder"),
+        Column("Parameters", number=True),
+        Column("Weights", number=True),
+        Column("Multiply-adds", number=True),
+        Column("Batch", number=True),
+        Column("Latency", number=True),
+        Column("Images per second", number=True),
+        Column("Peak memory", number=True),
+    ]
+    rows = [
+        (
+            name,
+            f"{found.parameters:,}",
+            f"{found.megabytes:.1f} MB",
+            f"{found.multiply_adds / 1e6:,.1f} M",
+            speed.batch,
+            f"{speed.milliseconds:,.2f} ms",
+            f"{speed.images_per_second:,.0f}",
+            "-" if speed.peak_mebibytes is None else f"{speed.peak_mebibytes:,.1f} MiB",
+        )
+        for name, found in capacities.items()
+        for speed in found.speeds
+    ]
+    one = next(iter(capacities.values()))
+    return section(
+        "What it costs",
+        tag(
+            "p",
+            f"From uint8 images of {one.image_size} px to embeddings of {one.dim} numbers on {one.device}, "
+            f"{one.threads} {'thread' if one.threads == 1 else 'threads'}, {one.precision}; median of repeated calls, "
+            "without decoding.",
+            class_="quiet",
+        ),
+        table(columns, rows),
+        name="cost",
+    )
+
+
+def _protocol(protocol: Mapping[str, Any]) -> Html:
+    subjects = protocol["subjects"]
+    data = [(f"{side} {name}", value) for side, told in protocol["data"].items() for name, value in told.items()]
+    plan = [(name, value) for name, value in protocol.items() if not isinstance(value, Mapping)]
+    chosen = [(name, value) for name, value in protocol.items() if "select" in name and isinstance(value, Mapping)]
+    made = [
+        ("intervals", protocol["intervals"]),
+        ("versions", protocol["versions"]),
+        ("hardware", protocol["hardware"]),
+    ]
+    facts = list(dict.fromkeys(name for about in subjects.values() for name in about))
+    caps = (
+        f"At most {MAP_POINTS} images are on the map, drawn by seed; {EXAMPLES} examples of a kind, {CONFUSIONS} "
+        f"confusions with pictures and {CLASSES:,} classes are shown; curves are drawn through some hundred points. "
+        "Pictures are reduced copies; the file holds all that it shows."
+    )
+    return section(
+        "Protocol",
+        tag("p", "What it takes to make the same figures again.", class_="quiet"),
+        table(
+            [Column("Measured"), *(Column(name) for name in subjects)],
+            [
+                (_words(name), *(_plain(about.get(name)) for about in subjects.values()))
+                for name in facts
+                if any(about.get(name) is not None for about in subjects.values())
+            ],
+        ),
+        table(
+            [Column("Protocol"), Column("Value")],
+            [
+                (_words(name), _plain(value))
+                for name, value in [*plan, *chosen, *data, *made]
+                if _plain(value) not in ("", "-")
+            ],
+        ),
+        tag("p", caps, class_="quiet"),
+        name="protocol",
+    )
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _plain(value: Any) -> str:
+    """Nested names and values in one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_words(str(key))} {_plain(entry)}" for key, entry in value.items() if entry is not None)
+    if isinstance(value, list | tuple):
+        return " ".join(map(_plain, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
