@@ -300,6 +300,11 @@ def test_what_cannot_be_compared_or_measured_is_explained(folder, tmp_path, caps
     assert "two different encoders, got" in refused(capsys, "evaluate", table, "--compare", a, a)
     assert "names two encoders itself" in refused(capsys, "evaluate", table, "--compare", a, b, "--encoder", a)
     assert "evaluate needs PATH with the queries" in refused(capsys, "evaluate", "--compare", a, b)
+    mixed = (folder / "all.csv").read_text().replace("c0/0.png,c0,warm", "c0/0.png,c0,cold")
+    (folder / "mixed.csv").write_text(mixed)
+    assert "'c0' is 'cold' and 'warm' in the column 'family'" in refused(
+        capsys, "evaluate", folder / "mixed.csv", "--encoder", a, "--coarse", "family"
+    )
     assert "no column 'colour' for --coarse; there are ['family', 'split']" in refused(
         capsys, "evaluate", table, "--encoder", a, "--coarse", "colour"
     )

@@ -19,6 +19,8 @@ from embedlab.metrics import (
     draw_pairs,
     effective_rank,
     feature_std,
+    hierarchical_distance,
+    hierarchical_report,
     hubness,
     knn_hits,
     nearest_neighbours,
@@ -330,22 +332,33 @@ def _coarse(
     column: str, query: Reading, reference: Reading | None, nearest: Ids, per_query: Mapping[str, Floats]
 ) -> tuple[dict[str, Any], Floats]:
     """Is the nearest at least of the right coarse class? Queries without a match are left out, as in recall@1."""
-    searched = query if reference is None else reference
-    for side in (query, searched):
+    sides = {"query": query} | ({} if reference is None else {"reference": reference})
+    parents: dict[str, str] = {}
+    for name, side in sides.items():
         if column not in side.columns:
             raise ValueError(f"There is no column {column!r} for --coarse; there are {sorted(side.columns) or 'none'}.")
-    names = np.array(query.columns[column], dtype=object)
-    fine = per_query["recall_at_1"]
-    right = (np.array(searched.columns[column], dtype=object)[nearest[:, 0]] == names).astype(np.float64)
-    right[np.isnan(fine)] = np.nan
-    wrong = fine == 0
+        for label, coarse in zip(_labels(side.embeddings, name), side.columns[column], strict=True):
+            if parents.setdefault(label, coarse) != coarse:
+                raise ValueError(
+                    f"{label!r} is {parents[label]!r} and {coarse!r} in the column {column!r}: --coarse takes one coarse"
+                    " class for each label."
+                )
     labels = _labels(query.embeddings, "query")
+    found = _labels((reference or query).embeddings, "reference")
+    counted = ~np.isnan(per_query["recall_at_1"])
+    right = np.full(len(labels), np.nan)
+    distance = hierarchical_distance([found[row] for row in nearest[:, 0].tolist()], labels, parents)
+    right[counted] = distance[counted] <= 1
+    report = hierarchical_report(
+        [found[row] for row in nearest[counted, 0].tolist()], [labels[row] for row in np.flatnonzero(counted)], parents
+    )
     return {
         "column": column,
-        "classes": len(set(names)),
-        "recall_at_1": float(np.nanmean(right)),
+        "classes": len({parents[label] for label in labels}),
+        "recall_at_1": report["coarse_accuracy"],
         "interval": intervals_of({"coarse": right}, labels).get("coarse"),
-        "near_misses": float(right[wrong].mean()) if wrong.any() else None,  # among the wrong
+        "near_misses": None if np.isnan(report["near_misses"]) else report["near_misses"],  # among the mistakes
+        "distance": report["distance"],
     }, right
 
 

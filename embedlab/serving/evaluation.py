@@ -655,16 +655,16 @@ def _degraded(found: Evaluation) -> Html:
 def costs_of(
     found: Sequence[Evaluation], *, precision: Literal["float32", "bfloat16"] = "float32"
 ) -> dict[str, Capacity]:
-    """What the encoders cost here; baselines and exported files are left aside."""
-    wanted = {one.name: one.subject.encoder for one in found if one.subject.about.get("path")}
-    encoders = {name: encoder for name, encoder in wanted.items() if hasattr(encoder, "state_dict")}
-    if not encoders:
+    """What the encoders cost here, baselines left aside."""
+    encoders = {one.name: one.subject.encoder for one in found if one.subject.about.get("path")}
+    if not any(encoders.values()):
         return {}
     from embedlab.encoders import measure_capacity
 
     return {
-        name: measure_capacity(encoder, seconds=0.5, precision=precision)  # type: ignore[arg-type]
+        name: measure_capacity(encoder, seconds=0.5, precision=precision)
         for name, encoder in encoders.items()
+        if encoder is not None
     }
 
 
@@ -682,9 +682,9 @@ def _cost(capacities: Mapping[str, Capacity]) -> Html:
     rows = [
         (
             name,
-            f"{found.parameters:,}",
+            "-" if found.parameters is None else f"{found.parameters:,}",
             f"{found.megabytes:.1f} MB",
-            f"{found.multiply_adds / 1e6:,.1f} M",
+            "-" if found.multiply_adds is None else f"{found.multiply_adds / 1e6:,.1f} M",
             speed.batch,
             f"{speed.milliseconds:,.2f} ms",
             f"{speed.images_per_second:,.0f}",
