@@ -340,8 +340,8 @@ def _coarse(
         for label, coarse in zip(_labels(side.embeddings, name), side.columns[column], strict=True):
             if parents.setdefault(label, coarse) != coarse:
                 raise ValueError(
-                    f"{label!r} is {parents[label]!r} and {coarse!r} in the column {column!r}: --coarse takes one coarse"
-                    " class for each label."
+                    f"{label!r} is {parents[label]!r} and {coarse!r} in the column {column!r}: --coarse takes one "
+                    "coarse class for each label."
                 )
     labels = _labels(query.embeddings, "query")
     found = _labels((reference or query).embeddings, "reference")
