@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 import torch
@@ -106,6 +107,24 @@ def test_layers_add_up_and_speeds_are_measured() -> None:
     assert (one.batch, many.batch) == (1, 32)
     assert many.images_per_second == pytest.approx(32_000 / many.milliseconds)
     assert many.peak_mebibytes is None or many.peak_mebibytes > 0.25, "32 x 16 channels x 16 x 16 in two bytes"
+
+
+class Hungry(nn.Module):
+    """Takes 8 MiB and 10 ms per image."""
+
+    out_features = 4
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01 * len(images))
+        return torch.ones(len(images), 4, 2**19).sum(dim=2)
+
+
+def test_memory_and_time_are_those_that_a_call_takes() -> None:
+    one, four = measure_capacity(Encoder(Hungry(), image_size=8), batches=(1, 4), seconds=0).speeds
+    for speed in (one, four):
+        assert 10 * speed.batch <= speed.milliseconds < 400
+        if speed.peak_mebibytes is not None:
+            assert 7.5 * speed.batch < speed.peak_mebibytes < 8 * speed.batch + 8
 
 
 def test_the_command_shows_a_table_or_json(tmp_path, capsys) -> None:

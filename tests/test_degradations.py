@@ -14,6 +14,7 @@ from embedlab.cli import main
 from embedlab.data import DEGRADATIONS, Degrade, ImageData, Source, Views, degrade
 from embedlab.data.degradations import SEVERITIES, _normal
 from embedlab.encoders import Encoder, ResNet
+from embedlab.metrics import knn_accuracy
 from embedlab.retrieval.evaluation import evaluate_open_set, evaluate_retrieval
 from embedlab.retrieval.robustness import CLEAN, embed_degraded, evaluate_robustness
 from embedlab.serving.pictures import draw_robustness
@@ -191,6 +192,16 @@ def test_wrong_calls_say_what_there_is() -> None:
         Degrade(probability=2)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_degrades_alike(kind) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    images, index = pictures(), torch.arange(6)
+    found = degrade(images.cuda(), index.cuda(), kind, index.cuda() % 6).cpu()
+    assert (found.int() - degrade(images, index, kind, index % 6).int()).abs().max() <= 1
+
+
 # ---- training
 
 
@@ -284,6 +295,12 @@ def test_leave_one_out_searches_the_clean_others() -> None:
     assert row["recall_at_1"] == pytest.approx(recall)
     assert row["knn_accuracy"] == pytest.approx(votes)
     assert (row["degradation"], row["severity"], row["strength"]) == ("blur", 2, 0.015)
+
+
+def test_rows_that_are_to_be_the_same_are_as_many() -> None:
+    one, two = embeddings(), embeddings(30)
+    with pytest.raises(ValueError, match=r"same_rows says that .* in the same order, but they are 30 and 40"):
+        knn_accuracy(one.vectors, one.labels, two.vectors, two.labels, same_rows=True)
 
 
 def test_means_are_over_severities_and_kinds() -> None:
