@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from embedlab.data.splits import split_by_group as split_by_group
     from embedlab.data.splits import split_by_sample as split_by_sample
     from embedlab.data.splits import write_split as write_split
-    from embedlab.data.variants import ClassVariants as ClassVariants
     from embedlab.data.views import FixedViews as FixedViews
     from embedlab.data.views import Mix as Mix
     from embedlab.data.views import Views as Views
@@ -50,7 +49,6 @@ __getattr__ = lazy_names(
             "split_by_sample",
             "write_split",
         ],
-        ".variants": ["ClassVariants"],
         ".views": ["FixedViews", "Mix", "Views"],
     },
 )

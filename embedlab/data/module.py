@@ -20,7 +20,6 @@ from embedlab.data.images import SKIP_LIMIT, Fit, OnError, report_skipped
 from embedlab.data.samplers import BalancedBatches, EvaluationBatches, ResumableLoader, ShuffledBatches
 from embedlab.data.sources import Source, open_source
 from embedlab.data.splits import split_by_class, split_by_group, split_by_sample, write_split
-from embedlab.data.variants import ClassVariants
 from embedlab.data.views import FixedViews, PerImage, Views, WholeBatch, color_statistics, keyed_views, to_float
 
 log = logging.getLogger("embedlab")
@@ -38,8 +37,8 @@ class ImageBatches(Dataset[Batch]):
         fit: How images become square.
         on_error: What an unreadable file does.
         cache_gib: Up to this many GiB are kept in memory.
-        variants: Classes made of each class. Samples are then numbered through: number row * count + variant, and so
-            are `index` and, with the class in place of the row, the labels.
+        turns: Classes made of each class, see `ImageData`. Samples are then numbered through, row * turns + turn, and
+            so are `index` and, with the class in place of the row, the labels.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class ImageBatches(Dataset[Batch]):
         fit: Fit = "crop",
         on_error: OnError = "stop",
         cache_gib: float = 4.0,
-        variants: ClassVariants | None = None,
+        turns: int = 1,
     ) -> None:
         self.source = source
         self.rows = rows
@@ -62,29 +61,12 @@ class ImageBatches(Dataset[Batch]):
         self.channels = channels
         self.fit: Fit = fit
         self.on_error: OnError = on_error
+        self.turns = turns
         self.skipped: dict[str, str] = {}
         self.cache: Tensor | None = None
         if len(rows) * channels * image_size**2 <= cache_gib * 2**30:
             images, self.rows = self._decode(rows)
             self.cache = torch.from_numpy(images)
-        self.variants = variants
-        if variants is not None:
-            self._number_members(cache_gib)
-
-    def _number_members(self, cache_gib: float) -> None:
-        """Where the images of each class are in the cache, and which of its class each image is."""
-        if self.numbers is None:
-            raise ValueError("The data has no labels, but variants are made of classes.")
-        if self.cache is None:
-            raise ValueError(
-                f"variants are made from the cache, and {len(self.rows)} images do not fit into cache_gib={cache_gib}; "
-                "raise it, lower decode_size, or leave the variants out."
-            )
-        numbers = self.numbers[self.rows]
-        self._members = {int(number): np.flatnonzero(numbers == number) for number in np.unique(numbers)}
-        self._place = np.zeros(len(self.rows), np.int64)
-        for members in self._members.values():
-            self._place[members] = np.arange(len(members))
 
     def _decode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read rows; the limit of skipped images holds for all rows of the role, not for one batch."""
@@ -102,40 +84,31 @@ class ImageBatches(Dataset[Batch]):
         if self.numbers is None:
             raise ValueError("The data has no labels, but balanced batches or a supervised loss need them.")
         labels: np.ndarray = self.numbers[self.rows]
-        if self.variants is not None:
-            labels = (labels[:, None] * self.variants.count + np.arange(self.variants.count)).ravel()
-        return labels
+        return (labels[:, None] * self.turns + np.arange(self.turns)).ravel()
 
     def __len__(self) -> int:
-        return len(self.rows) * (1 if self.variants is None else self.variants.count)
+        return len(self.rows) * self.turns
 
     def __getitem__(self, positions: list[int]) -> Batch:
-        if self.variants is not None:
-            return self._varied(self.variants, np.asarray(positions))
-        rows = self.rows[positions]
-        if self.cache is None:
-            images, rows = self._decode(rows)
-            view = torch.from_numpy(images)
-        else:
-            view = self.cache[positions]
-        labels = None if self.numbers is None else torch.from_numpy(self.numbers[rows])
-        return Batch((view,), labels, torch.from_numpy(rows))
-
-    def _varied(self, variants: ClassVariants, positions: np.ndarray) -> Batch:
-        assert self.cache is not None
-        assert self.numbers is not None
-        places, variant = np.divmod(positions, variants.count)
+        places, turn = np.divmod(positions, self.turns)
         rows = self.rows[places]
-        classes, number = torch.from_numpy(self.numbers[rows]), torch.from_numpy(variant)
-        # the partner's image of the same number: in data sets of handwriting often by the same hand
-        others = {
-            row: self.cache[members[self._place[places[row]] % len(members)]]
-            for row, partner in enumerate(variants.partners(classes, number, len(self._members)).tolist())
-            if partner >= 0 and len(members := self._members[partner])
-        }
-        images = variants(self.cache[places], classes, number, others)
-        index = torch.from_numpy(rows) * variants.count + number
-        return Batch((images,), classes * variants.count + number, index)
+        if self.cache is None:
+            images, kept = self._decode(rows)
+            there = np.isin(rows, kept)
+            rows, turn, view = rows[there], turn[there], torch.from_numpy(images)
+        else:
+            view = self.cache[places]
+        labels = None if self.numbers is None else torch.from_numpy(self.numbers[rows] * self.turns + turn)
+        return Batch((_turned(view, turn),), labels, torch.from_numpy(rows * self.turns + turn))
+
+
+def _turned(images: Tensor, turn: np.ndarray) -> Tensor:
+    """Each image (B, C, S, S) by quarter turns, from turn 4 on of its mirror image."""
+    for number in set(turn.tolist()) - {0}:
+        chosen = torch.from_numpy(turn == number)
+        image = images[chosen].flip(-1) if number >= 4 else images[chosen]
+        images[chosen] = image.rot90(number % 4, (2, 3))
+    return images
 
 
 class ImageData(pl.LightningDataModule):
@@ -163,7 +136,9 @@ class ImageData(pl.LightningDataModule):
         views: Random augmentation of the training images. In place of `Views` a transform of one image by
             torchvision, albumentations or lightly (see `PerImage`), or any callable that makes a view, or a tuple of
             views, of a batch in [0, 1] (see `WholeBatch`). Normalising is left to `mean` and `std`.
-        variants: Classes made of each training class, such as its rotations; see `ClassVariants`.
+        turns: Classes made of each training class: 4 are its quarter turns, 8 also those of its mirror image, as in
+            Santoro et al. 2016 (https://arxiv.org/abs/1605.06065). For pictures that show something else when turned,
+            such as characters; the encoder remembers the data's classes alone.
         test_views: Go into the trained `Encoder`, which averages over them; training does not know them.
         degrade: Bad conditions for some of the views, whatever they are; None leaves them as they are.
         seed: Of the split, the order and the views.
@@ -190,7 +165,7 @@ class ImageData(pl.LightningDataModule):
         images_per_class: int | None = None,
         batches_per_epoch: int | None = None,
         views: Views | PerImage | WholeBatch | Callable[[Tensor], Any] = Views(),  # noqa: B008 - frozen, so sharing it is harmless
-        variants: ClassVariants | None = None,
+        turns: Literal[1, 4, 8] = 1,
         test_views: FixedViews | Mapping[str, Any] | None = None,
         degrade: Degrade | None = None,
         seed: int = 0,
@@ -205,6 +180,8 @@ class ImageData(pl.LightningDataModule):
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"ImageData needs {name} >= 1, got {value}.")
+        if turns not in (1, 4, 8):
+            raise ValueError(f"ImageData takes turns 1, 4 (quarter turns) or 8 (also mirrored), got {turns}.")
         if images_per_class is not None and not 2 <= images_per_class <= batch_size // 2:
             raise ValueError(
                 f"Balanced batches of batch_size {batch_size} need images_per_class from 2 (for positives) to "
@@ -225,7 +202,7 @@ class ImageData(pl.LightningDataModule):
         self.images_per_class = images_per_class
         self.batches_per_epoch = batches_per_epoch
         self.views = views
-        self.variants = variants
+        self.turns = turns
         self.test_views = FixedViews.of(test_views)
         self.degrade = degrade
         self.seed = seed
@@ -237,8 +214,8 @@ class ImageData(pl.LightningDataModule):
 
     @property
     def num_targets(self) -> int:
-        """Number of classes in training: those of the data times their variants."""
-        return self.num_classes * (1 if self.variants is None else self.variants.count)
+        """Number of classes in training: those of the data times their turns."""
+        return self.num_classes * self.turns
 
     @property
     def preprocessing(self) -> dict[str, object]:
@@ -302,7 +279,7 @@ class ImageData(pl.LightningDataModule):
                 fit=self.fit,
                 on_error=self.on_error,
                 cache_gib=self.cache_gib,
-                variants=self.variants if role == "train" else None,
+                turns=self.turns if role == "train" else 1,
             )
         return self._datasets[role]
 
@@ -331,8 +308,7 @@ class ImageData(pl.LightningDataModule):
 
     def _classes_per_batch(self, images_per_class: int) -> int:
         numbers, counts = np.unique(self.dataset("train").labels, return_counts=True)
-        share = self.num_targets // max(1, self.num_classes)  # variants of each class
-        lonely = sorted({self.class_names[number // share] for number in numbers[counts < 2]})
+        lonely = sorted({self.class_names[number // self.turns] for number in numbers[counts < 2]})
         if lonely:
             raise ValueError(
                 f"{len(lonely)} of {self.num_classes} training classes have one image only and so no positive pair: "
