@@ -27,6 +27,8 @@ PATH_HELP = "folder of images (label = folder), CSV or Parquet manifest, one ima
 VECTORS_HELP = f"{PATH_HELP}, stored embeddings, or vectors in a .npy, .parquet or .faiss file"
 ENCODER_HELP = "folder of a saved encoder, or an exported ONNX file, which needs no torch"
 ONE_PROBE_HELP = "all images are of one probe, such as the frames of one visit"
+GALLERY_HELP = "folder of the gallery, or its address: milvus://HOST:PORT/NAME, milvus:FILE.db"
+KEPT_ELSEWHERE_HELP = "encoder or ONNX file that the gallery was made with, where it keeps none (on Milvus)"
 LABELS_HELP = "labels of the vectors: text with one per line, .npy, or .csv with the columns id,label"
 
 
@@ -116,6 +118,11 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"takes a whole number from 1 on, got {text!r}")
     return int(text)
+
+
+def _place(text: str) -> str | Path:
+    """Where a gallery lies, as argparse's type: an address stays as it is, or a path would lose a slash."""
+    return text if text.startswith("milvus:") else Path(text)
 
 
 def _add_reading(parser: Any) -> None:
@@ -288,7 +295,8 @@ def _add_finetune(commands: Any) -> None:
 
 def _add_serve(commands: Any) -> None:
     parser = _command(commands, "serve", _serve, "a gallery over HTTP, with a page for the browser")
-    parser.add_argument("gallery", type=Path, help="folder of the gallery")
+    parser.add_argument("gallery", type=_place, help=GALLERY_HELP)
+    parser.add_argument("--encoder", help=KEPT_ELSEWHERE_HELP)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; any but loopback needs --key-file")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--key-file", type=Path, help="file with the key that clients must send")
@@ -345,8 +353,9 @@ def _add_gallery(commands: Any) -> None:
         optional: bool = False,
     ) -> Any:
         parser = _command(verbs, name, run, help)
-        parser.add_argument("gallery", type=Path, help="folder of the gallery")
+        parser.add_argument("gallery", type=_place, help=GALLERY_HELP)
         if path:
+            parser.add_argument("--encoder", help=KEPT_ELSEWHERE_HELP)
             parser.add_argument("path", nargs="+" if several else "?" if optional else None, help=VECTORS_HELP)
             parser.add_argument("--labels", help=LABELS_HELP)
             _add_reading(parser)
@@ -412,6 +421,7 @@ def _add_settings(parser: Any) -> None:
 def _add_configuring(parser: Any) -> None:
     _add_settings(parser)
     parser.add_argument("--normalisation", choices=["as-norm", "none"], help="of scores; as-norm takes a cohort")
+    parser.add_argument("--encoder", help=KEPT_ELSEWHERE_HELP)
     parser.add_argument("--cohort", metavar="PATH", help=f"others, not enrolled nor calibrated with: {VECTORS_HELP}")
     parser.add_argument("--cohort-k", type=_count, help="highest scores with the cohort that count")
 
@@ -849,7 +859,7 @@ def _configure(options: argparse.Namespace) -> Result:
     }
     if not wanted and not options.cohort:
         raise ValueError("gallery configure takes what to change, such as --fusion mean; 'gallery info' shows it all.")
-    with Gallery.open(options.gallery) as gallery:
+    with Gallery.open(options.gallery, options.encoder) as gallery:
         cohort = None
         if options.cohort:
             vectors = _is_vectors(options.cohort)
@@ -866,7 +876,7 @@ def _configure(options: argparse.Namespace) -> Result:
 def _enroll(options: argparse.Namespace) -> Result:
     from embedlab.retrieval import Gallery
 
-    with Gallery.open(options.gallery) as gallery:
+    with Gallery.open(options.gallery, options.encoder) as gallery:
         found = _probes(options, gallery)
         labels: Any = options.label or _require_labels(found.labels, options.path)
         ids = gallery.enroll(embeddings=found, labels=labels, key=options.key)
@@ -922,7 +932,7 @@ def _list(options: argparse.Namespace) -> Result:
 def _search(options: argparse.Namespace) -> Result:
     from embedlab.retrieval import Gallery
 
-    with Gallery.open(options.gallery, read_only=True) as gallery:
+    with Gallery.open(options.gallery, options.encoder, read_only=True) as gallery:
         probes = _probes(options, gallery)
         found = gallery.search(embeddings=probes.vectors, k=options.k, per=options.per)
     rows: list[Result] = []
@@ -939,7 +949,7 @@ def _identify(options: argparse.Namespace) -> Result:
     from embedlab.retrieval import Gallery
     from embedlab.retrieval.open_set import evaluate_gallery
 
-    with Gallery.open(options.gallery, read_only=True) as gallery:
+    with Gallery.open(options.gallery, options.encoder, read_only=True) as gallery:
         probes = _several_probes(options, gallery)
         probes = _as_one(probes) if options.one_probe else probes
         answers = gallery.identify(embeddings=probes.vectors, k=options.k)
@@ -1004,7 +1014,7 @@ def _open_set_lines(report: Result) -> str:
 def _verify(options: argparse.Namespace) -> Result:
     from embedlab.retrieval import Gallery
 
-    with Gallery.open(options.gallery, read_only=True) as gallery:
+    with Gallery.open(options.gallery, options.encoder, read_only=True) as gallery:
         probes = _probes(options, gallery)
         probes = _as_one(probes) if options.one_probe else probes
         answers = [gallery.verify(options.label, embedding=vector) for vector in probes.vectors]
@@ -1023,7 +1033,7 @@ def _calibrate(options: argparse.Namespace) -> Result:
         raise ValueError("gallery calibrate takes either PATH with strangers or --leave-identity-out.")
     if options.leave_identity_out and options.one_probe:
         raise ValueError("--one-probe belongs to PATH with strangers; --leave-identity-out asks with single templates.")
-    with Gallery.open(options.gallery) as gallery:
+    with Gallery.open(options.gallery, options.encoder) as gallery:
         strangers = None if options.leave_identity_out else _probes(options, gallery)
         found = gallery.calibrate(
             embeddings=strangers,
@@ -1106,6 +1116,7 @@ def _serve(options: argparse.Namespace) -> Result:
         raise ImportError(f"embedlab serve needs {error.name}: pip install 'embedlab[web]'") from error
     serve(
         options.gallery,
+        options.encoder,
         host=options.host,
         port=options.port,
         key_file=options.key_file,

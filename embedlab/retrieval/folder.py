@@ -69,7 +69,13 @@ class FolderGallery(Gallery):
         storage.refuse_if_not_empty(Path(place))
 
     @classmethod
-    def _made(cls, place: str | Path, about: About, embedder: Embedder | None) -> FolderGallery:
+    def _made(
+        cls,
+        place: str | Path,
+        about: About,
+        embedder: Embedder | None,
+        source: str | Path | None,  # noqa: ARG003 - copied
+    ) -> FolderGallery:
         folder = Path(place)
         save = getattr(embedder, "save", None)
         meta = Meta(**vars(about) | {"encoder": callable(save)})
@@ -115,6 +121,10 @@ class FolderGallery(Gallery):
     @property
     def address(self) -> str:
         return str(self._store.folder)
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
 
     @property
     def folder(self) -> Path:
@@ -317,7 +327,7 @@ class FolderGallery(Gallery):
         return self._store.recall(key)
 
     def _about(self) -> About:
-        return self._store.opened
+        return self._store.opened if self._current is None else self._current.meta
 
     def _require_writable(self) -> None:
         self._store.require_writable()

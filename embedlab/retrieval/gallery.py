@@ -1,7 +1,7 @@
 """The gallery: enroll, remove and name identities without training, durable and honest about strangers.
 
 What a gallery means stands here: what it accepts, how it decides, what it promises. Where its templates lie is another
-matter: in one folder, `embedlab.retrieval.folder`.
+matter: in one folder (`embedlab.retrieval.folder`), or on Milvus (`embedlab.retrieval.milvus`).
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ class Normalisation:
 
 
 class Gallery(ABC):
-    """Identities with their templates in one folder on disk.
+    """Identities with their templates, in one folder on disk or on Milvus.
 
     Made by `Gallery.create` and `Gallery.open`; a context manager. Whatever changes a gallery is all or nothing and
-    durable when the call returns. One process writes; any number may read, and follow the writer. Several threads may
-    share one object.
+    durable when the call returns. In a folder one process writes, and any number may read and follow the writer; on
+    Milvus writers take turns. Several threads may share one object.
 
     Example:
         >>> import tempfile
@@ -131,9 +131,10 @@ class Gallery(ABC):
         """Make an empty gallery and open it for writing.
 
         Args:
-            folder: Absent or empty; appears whole or not at all.
-            embedder: An `Encoder`, the folder of a saved one or an ONNX file (copied into the gallery), or a function
-                images -> (B, D). None for a gallery of ready-made vectors.
+            folder: Absent or empty; appears whole or not at all. Or the address of a gallery on Milvus, such as
+                `milvus://host:port/name` or `milvus:FILE.db`: see `embedlab.retrieval.milvus_store.Address`.
+            embedder: An `Encoder`, the folder of a saved one or an ONNX file (copied into the gallery; on Milvus its
+                path is noted), or a function images -> (B, D). None for a gallery of ready-made vectors.
             dim: Numbers per vector; needed without an embedder.
             fusion: How the templates of an identity give one score: "max", the nearest template; "mean", the mean over
                 all of them; "vote", the sum of cosines of its templates among the `vote_k` nearest, over `vote_k`.
@@ -165,7 +166,7 @@ class Gallery(ABC):
         about = About(storage.new_uuid(), dim, None if known is None else known.fingerprint, False, settings)
         about.thumbnails = bool(thumbnails)
         about.search = indexing.checked_search(search, search_recall)
-        return kind._made(folder, about, known)
+        return kind._made(folder, about, known, embedder if isinstance(embedder, str | Path) else None)
 
     @classmethod
     def open(
@@ -178,9 +179,9 @@ class Gallery(ABC):
         found behind is an error of every later call.
 
         Args:
-            folder: What `create` made.
+            folder: What `create` made, or its address.
             embedder: As in `create`, with the fingerprint that the gallery knows. None takes the encoder in the folder,
-                loaded when the first images come.
+                or on Milvus at the path where it was, loaded when the first images come.
             read_only: Take no lock, write nothing, follow the writer.
             salvage: Read what is whole of a damaged gallery, and log what is not; implies `read_only`.
 
@@ -216,8 +217,18 @@ class Gallery(ABC):
 
     @property
     @abstractmethod
+    def name(self) -> str:
+        """That of the folder, or on Milvus its own."""
+
+    @property
+    def purges(self) -> bool:
+        """Whether `remove(purge=True)` can promise that nothing stays; not on Milvus."""
+        return True
+
+    @property
+    @abstractmethod
     def folder(self) -> Path:
-        """Where the gallery lies."""
+        """Where the gallery lies; one on Milvus has no folder, and says so."""
 
     @property
     def dim(self) -> int | None:
@@ -239,7 +250,7 @@ class Gallery(ABC):
         self._require_open()
         with self._mutex:
             if self._embedder is None:
-                meta = self._now().meta
+                meta = self._about()
                 if meta.fingerprint is None:
                     raise ValueError(
                         f"The gallery {self.address} was made for ready-made vectors (dim={meta.dim}) and has no "
@@ -788,23 +799,18 @@ class Gallery(ABC):
         return first, templates
 
     def _require_present(self, now: Templates, wanted: Sequence[Any], kind: Literal["label", "id"]) -> None:
-        known = now.known(wanted, kind)
-        if absent := [value for value in wanted if value not in known]:
-            some = ", ".join(repr(value) for value in absent[:5]) + (", ..." if len(absent) > 5 else "")
-            raise ValueError(
-                f"{len(absent)} of {len(wanted)} {kind}s are not in the gallery: {some}. Nothing was changed."
-            )
+        _refuse_absent(wanted, now.known(wanted, kind), kind)
 
     def _check_relabelling(self, now: Templates, old: str, new: str, *, merging: bool) -> None:
         """Raise unless `old` may become `new`."""
-        known = now.known([name for name in (old, new) if isinstance(name, str)], "label")
+        known = now.known([old, new], "label")
         if merging:
-            self._require_present(now, [new], "label")
+            _refuse_absent([new], known, "label")
             if old == new:
                 raise ValueError(f"{old!r} cannot be merged into itself.")
         elif new in known:
             raise ValueError(f"{new!r} is enrolled already; merge({old!r}, {new!r}) makes one identity of both.")
-        self._require_present(now, [old], "label")
+        _refuse_absent([old], known, "label")
         checked_labels([new], 1)
 
     def _accepted(self, embedder: Embedder, references: References) -> Embedder:
@@ -825,7 +831,7 @@ class Gallery(ABC):
 
     def _pictures(self, images: Any, paths: Sequence[str] | None) -> tuple[list[bytes | None], References]:
         """Thumbnails of what is enrolled and, with the first images of a plain function, its reference images."""
-        meta = self._now().meta
+        meta = self._about()
         shown = meta.thumbnails and (images is not None or paths is not None)
         small = thumbnails_of(images, paths) if shown else []
         first = images is not None and not meta.references
@@ -841,7 +847,7 @@ class Gallery(ABC):
             embeddings = self.embedder.embed(images if paths is None else paths)
         if isinstance(embeddings, Embeddings):
             embeddings = embeddings.vectors
-        return normalised(as_rows(embeddings), self._now().meta.dim)
+        return normalised(as_rows(embeddings), self._about().dim)
 
     # ---- inside: where the templates lie ---------------------------------------------------------------------------
 
@@ -852,8 +858,8 @@ class Gallery(ABC):
 
     @classmethod
     @abstractmethod
-    def _made(cls, place: str | Path, about: About, embedder: Embedder | None) -> Gallery:
-        """What `create` does when all that was given has been checked."""
+    def _made(cls, place: str | Path, about: About, embedder: Embedder | None, source: str | Path | None) -> Gallery:
+        """What `create` does when all that was given has been checked; `source` is where the embedder came from."""
 
     @classmethod
     @abstractmethod
@@ -866,7 +872,7 @@ class Gallery(ABC):
 
     @abstractmethod
     def _about(self) -> About:
-        """Facts that never change once the gallery is open, without reading a template."""
+        """The facts as last seen, without reading a template."""
 
     def _scoring(self) -> tuple[Templates, Cohort | None]:
         """The newest generation, and the cohort that its scores are normalised with."""
@@ -925,8 +931,17 @@ class Gallery(ABC):
             cohorts.refuse_shared(cohort.vectors, meta.settings["normalisation"], vectors, names, where)
 
 
-def _kind(_place: str | Path) -> type[Gallery]:
-    """Where a gallery of this name lies."""
+def is_address(place: str | Path) -> bool:
+    """Whether this names a gallery on Milvus rather than a folder."""
+    return isinstance(place, str) and place.startswith("milvus:")
+
+
+def _kind(place: str | Path) -> type[Gallery]:
+    """What keeps a gallery of this name; Milvus is looked at only when it is asked for."""
+    if is_address(place):
+        from embedlab.retrieval.milvus import MilvusGallery
+
+        return MilvusGallery
     from embedlab.retrieval.folder import FolderGallery
 
     return FolderGallery
@@ -935,6 +950,12 @@ def _kind(_place: str | Path) -> type[Gallery]:
 def _request(key: str | None, *content: Any) -> Request | None:
     """A request that names its parts, as far as it has a name."""
     return None if key is None else (checked_key(key), storage.content_digest(json.dumps(content).encode()))
+
+
+def _refuse_absent(wanted: Sequence[Any], known: set[Any], kind: str) -> None:
+    if absent := [value for value in wanted if value not in known]:
+        some = ", ".join(repr(value) for value in absent[:5]) + (", ..." if len(absent) > 5 else "")
+        raise ValueError(f"{len(absent)} of {len(wanted)} {kind}s are not in the gallery: {some}. Nothing was changed.")
 
 
 def _paths(images: Any, embeddings: Any) -> list[str] | None:

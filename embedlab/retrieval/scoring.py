@@ -1,7 +1,7 @@
 """Scores of probes against templates and identities, in chunks.
 
-What a gallery asks of its templates are functions that are chosen by where these lie; here stand those for templates in
-memory.
+What a gallery asks of its templates are functions that are chosen by where these lie: here for templates in memory, in
+`embedlab.retrieval.milvus` for those on a server.
 """
 
 from __future__ import annotations
@@ -288,6 +288,8 @@ def sub_gallery_scores(
     starts = (np.arange(8) * count) // 8
     tables = {8 // parts: np.empty((len(queries), parts * draws), np.float32) for parts in (8, 4, 2)}
     voting = now.meta.settings["fusion"] == "vote"
+    if voting and not isinstance(now, Snapshot):
+        return {}  # who else is there changes votes, and they would have to be cast again by a server
     for part, scores in in_chunks(now, queries, cohort, own):
         each = template_scores(now, queries[part], cohort) if voting else None
         if each is not None and own is not None:

@@ -430,7 +430,7 @@ class Service:
 
     async def verify(self, label: str, content: bytes) -> Verified:
         """Check a claim."""
-        if label not in self.gallery:
+        if not await asyncio.to_thread(self.gallery.__contains__, label):
             raise Refusal(404, "Nobody is enrolled under this label.")
         self._attempts.count(label)
         with self.place():
@@ -450,16 +450,16 @@ class Service:
 
     def about(self, max_body: int) -> About:
         """What the page shows beside the answers."""
-        found, counts = self.gallery.calibration, self.gallery.counts()
+        info, found = self.gallery.info(), self.gallery.calibration
         return About(
-            identities=len(counts),
-            templates=sum(counts.values()),
+            identities=info["identities"],
+            templates=info["templates"],
             calibrated=found is not None,
             threshold=None if found is None else _rounded(found.threshold),
             verification_threshold=None if found is None else _rounded(found.verification_threshold),
             fpir=None if found is None else found.fpir,
             confidence=None if found is None else found.confidence,
-            stale=found is not None and found.is_stale(len(counts)),
+            stale=found is not None and found.is_stale(info["identities"]),
             curve=_curve(found),
             read_only=self.read_only,
             inbox_days=self.inbox.days if self.inbox else None,
@@ -510,14 +510,15 @@ class Service:
         return Enrolled(id=int(ids[0]), label=label)
 
     async def remove(self, wanted: Removal, key: str | None) -> Removed:
-        """Remove an identity or templates, and erase them from the files."""
+        """Remove an identity or templates, and erase them from the files where that can be promised."""
         self._require_writable()
         _require_key(key)
         if (wanted.label is None) == (wanted.ids is None):
             raise Refusal(422, "Name either a label or ids.")
 
         removed = await self._change(
-            lambda: self.gallery.remove(labels=wanted.label, ids=wanted.ids, purge=True, key=key), refused=404
+            lambda: self.gallery.remove(labels=wanted.label, ids=wanted.ids, purge=self.gallery.purges, key=key),
+            refused=404,
         )
         return Removed(removed=removed)
 
@@ -526,7 +527,7 @@ class Service:
         self._require_writable()
         _require_label(wanted.new_label)
         _require_key(key)
-        absent = wanted.label not in self.gallery
+        absent = not await asyncio.to_thread(self.gallery.__contains__, wanted.label)
         renamed = await self._change(
             lambda: self.gallery.rename(wanted.label, wanted.new_label, key=key), refused=404 if absent else 409
         )

@@ -62,7 +62,7 @@ def gallery_report(gallery: Gallery) -> str:
         members.setdefault(label, []).append(key)
     sizes = [len(keys) for keys in members.values()]
     threshold = None if calibration is None else calibration.threshold
-    name = gallery.folder.resolve().name
+    name = gallery.name
     return page(
         f"Gallery {name}",
         _header("Gallery", name, _state(calibration, len(members)), _LINKS if found else _LINKS[-2:]),

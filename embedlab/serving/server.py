@@ -18,6 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from embedlab.retrieval import Gallery
+from embedlab.retrieval.gallery import is_address
 from embedlab.serving.app import MAX_BODY, create_app
 from embedlab.serving.gate import LOOPBACK
 
@@ -43,8 +44,8 @@ def serve(
     """Open a gallery and answer until a signal comes.
 
     Args:
-        folder: Of the gallery.
-        embedder: As in `Gallery.open`; None takes the encoder in the folder.
+        folder: Of the gallery, or its address on Milvus.
+        embedder: As in `Gallery.open`; None takes the encoder that the gallery keeps.
         host: Address to listen on; another than loopback needs a key.
         port: 0 takes a free one.
         key_file: Holds the key that clients must send; readable by its owner only.
@@ -63,12 +64,17 @@ def serve(
             f"Others can reach {host}, so that serving there needs a key: make one with "
             "'umask 077; openssl rand -hex 32 > gallery.key' and pass --key-file gallery.key, or stay on 127.0.0.1."
         )
+    if is_address(folder) and inbox_days is not None:
+        raise ValueError(
+            f"The inbox keeps pictures in a file beside the gallery, and {folder} lies on Milvus: leave --inbox out, "
+            "or serve a gallery in a folder."
+        )
     key = None if key_file is None else _key(key_file)
     os.umask(0o077)
     listening = _listen(host, port)
     signal.signal(signal.SIGTERM, _stop)
     with listening, Gallery.open(folder, embedder, read_only=read_only) as gallery:
-        if not read_only:
+        if not (read_only or is_address(folder)):
             _make_private(gallery.folder)
         app = create_app(
             gallery,
