@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from embedlab.data import open_source
+from embedlab.data import Source, open_source
 from embedlab.data.images import IMAGE_SUFFIXES
 from embedlab.metrics import bootstrap_interval, wilson_interval
 from embedlab.retrieval._durable import new_folder
@@ -211,14 +211,17 @@ def _score_run(run: OneShotRun, training: np.ndarray, test: np.ndarray) -> dict[
 # ---- drawing one's own -----------------------------------------------------------------------------------------------
 
 
-def draw_runs(source: str | Path, out: str | Path, *, runs: int = 20, ways: int = 20, seed: int = 0) -> list[str]:
+def draw_runs(
+    source: str | Path | Source, out: str | Path, *, runs: int = 20, ways: int = 20, seed: int = 0
+) -> list[str]:
     """Draw runs within alphabets from a folder ALPHABET/CHARACTER/NAME_DRAWER.png and write them in the published form.
 
     Each run takes `ways` characters of one alphabet, one drawer's drawings of them to train and another's to test.
     Alphabets take turns, in an order drawn with the seed; characters and drawers are drawn anew for each run.
 
     Args:
-        source: Holds the alphabets; what stands after the last "_" of a file's name tells who drew it.
+        source: Folder that holds the alphabets, or a `Source` with labels such as "Greek/character01". What stands
+            after the last "_" of a file's name tells who drew it.
         out: A new folder; it appears whole or not at all.
         runs: How many.
         ways: Characters per run.
@@ -237,8 +240,9 @@ def draw_runs(source: str | Path, out: str | Path, *, runs: int = 20, ways: int 
         raise RunsError(f"{out} exists; choose a new folder for the runs, or leave out --draw to use what is there.")
     alphabets = {name: pages for name, pages in _drawings(source).items() if _pairs(pages, ways)}
     if not alphabets:
+        where = "The source" if isinstance(source, Source) else source
         raise RunsError(
-            f"{source} has no alphabet with {ways} characters drawn by the same two hands; expected files "
+            f"{where} has no alphabet with {ways} characters drawn by the same two hands; expected files "
             "ALPHABET/CHARACTER/NAME_DRAWER.png, such as Greek/character01/0394_07.png. Fewer --ways?"
         )
     generator = np.random.default_rng(seed)
@@ -251,10 +255,10 @@ def draw_runs(source: str | Path, out: str | Path, *, runs: int = 20, ways: int 
     return drawn
 
 
-def _drawings(source: str | Path) -> dict[str, dict[str, dict[str, str]]]:
+def _drawings(source: str | Path | Source) -> dict[str, dict[str, dict[str, str]]]:
     """Alphabet to drawer to character to file."""
     found: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
-    files = open_source(str(source))
+    files = source if isinstance(source, Source) else open_source(str(source))
     for path, label in zip(files.names, files.labels or [], strict=False):
         alphabet, _, character = label.rpartition("/")
         drawer = _DRAWER.match(Path(path).stem)
