@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         folder = options.out / f"seed{seed}"
         if not (folder / "encoder").exists():
             root = ["--data.init_args.root", manifest, "--data.init_args.seed", seed, "--seed_everything", seed]
-            command("fit", "-c", RECIPE, "--run", folder, *root, *more)
+            begun = any(folder.glob("checkpoints/*.ckpt"))
+            command("fit", "--run", folder, *(["--resume"] if begun else ["-c", RECIPE, *root, *more]))
         found.append(command("oneshot", runs, "--encoder", folder / "encoder", "--precision", "bfloat16"))
     errors = [one["error"] for one in found]
     result = {
