@@ -395,6 +395,9 @@ def _add_gallery(commands: Any) -> None:
     verb("check", _check, "verify every byte")
     verb("backup", _backup, "copy one consistent state").add_argument("out", type=Path)
     verb("compact", _compact, "give free space back")
+    _add_migrating(
+        verb("migrate", _migrate, "put another encoder under it; old and new are compared before the switch")
+    )
     verb("info", _info, "what the gallery holds and promises")
     report = verb("report", _report, "one HTML file: promise, identities with pictures, look-alikes, wrong labels")
     report.add_argument("--out", type=Path, default=Path("report.html"), help="file to write (default: report.html)")
@@ -407,6 +410,23 @@ def _add_promising(parser: Any) -> None:
     parser.add_argument("--one-probe", action="store_true", help="all images of a label are one probe")
     parser.add_argument(
         "--leave-identity-out", action="store_true", help="without PATH: the enrolled play the strangers; a makeshift"
+    )
+
+
+def _add_migrating(parser: Any) -> None:
+    parser.add_argument("--encoder", help=f"the new one: {ENCODER_HELP}; without it the gallery moves as it is")
+    parser.add_argument("--to", metavar="PLACE", help="leave the old gallery as it is and make the new one there")
+    parser.add_argument("--strangers", metavar="PATH", help=f"set the new threshold from these: {PATH_HELP}")
+    parser.add_argument("--one-probe", action="store_true", help="all images of a stranger are one probe")
+    parser.add_argument("--leave-identity-out", action="store_true", help="instead: the enrolled play the strangers")
+    parser.add_argument("--fpir", type=float, help="promised false-positive identification rate (default: as before)")
+    parser.add_argument("--fmr", type=float, help="promised false match rate of verify (default: as before)")
+    parser.add_argument("--growth", type=float, help="promised for up to so many times the identities (as before)")
+    parser.add_argument("--probes", metavar="PATH", help=f"also compare the answers to these: {PATH_HELP}")
+    parser.add_argument("--cohort", metavar="PATH", help=f"of normalised scores, images of others: {PATH_HELP}")
+    parser.add_argument("--drop-missing", action="store_true", help="leave out templates whose image cannot be read")
+    parser.add_argument(
+        "--no-switch", action="store_true", help="stop before the switch; without it goes on from there"
     )
 
 
@@ -1078,6 +1098,30 @@ def _compact(options: argparse.Namespace) -> Result:
     with Gallery.open(options.gallery) as gallery:
         saved = gallery.compact()
     return {"bytes_saved": saved, "text": f"{saved} bytes given back"}
+
+
+def _migrate(options: argparse.Namespace) -> Result:
+    from embedlab.retrieval.embedders import as_embedder, on_device
+    from embedlab.retrieval.migration import Recalibration, migrate
+
+    found = migrate(
+        options.gallery,
+        None if options.encoder is None else on_device(as_embedder(options.encoder)),
+        to=options.to,
+        recalibration=Recalibration(
+            strangers=options.strangers and _source(options.strangers, None),
+            one_probe=options.one_probe,
+            leave_identity_out=options.leave_identity_out,
+            fpir=options.fpir,
+            fmr=options.fmr,
+            growth=options.growth,
+        ),
+        probes=options.probes and _source(options.probes, None),
+        cohort=options.cohort and _source(options.cohort, None),
+        drop=options.drop_missing,
+        switch=not options.no_switch,
+    )
+    return {**found.to_dict(), "text": found.to_text()}
 
 
 def _info(options: argparse.Namespace) -> Result:

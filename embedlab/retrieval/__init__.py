@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from embedlab.retrieval.embeddings import read_vectors as read_vectors
     from embedlab.retrieval.embeddings import write_embeddings as write_embeddings
     from embedlab.retrieval.gallery import Gallery as Gallery
+    from embedlab.retrieval.migration import Migration as Migration
+    from embedlab.retrieval.migration import Recalibration as Recalibration
+    from embedlab.retrieval.migration import migrate as migrate
     from embedlab.retrieval.open_set import OpenSetReport as OpenSetReport
     from embedlab.retrieval.open_set import evaluate_gallery as evaluate_gallery
     from embedlab.retrieval.store import GalleryDamaged as GalleryDamaged
@@ -33,6 +36,7 @@ __getattr__ = lazy_names(
         ".embedders": ["CallableEmbedder", "Embedder", "OnnxEmbedder"],
         ".embeddings": ["read_embeddings", "read_protocol", "read_vectors", "write_embeddings"],
         ".gallery": ["Gallery"],
+        ".migration": ["Migration", "Recalibration", "migrate"],
         ".open_set": ["OpenSetReport", "evaluate_gallery"],
         ".store": ["GalleryDamaged", "GalleryError", "GalleryLocked"],
     },

@@ -1,7 +1,8 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and files."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -34,20 +35,84 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-    old = building.with_name(building.name + ".old")
     try:
         yield building
-        for path in [*sorted(building.rglob("*"), reverse=True), building]:
-            sync(path)
-        if replace and folder.exists():
-            folder.rename(old)
-        elif folder.exists():
-            folder.rmdir()  # empty, or this raises
-        building.rename(folder)
-        sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(building, folder, replace=replace)
     except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def put_in_place(building: Path, folder: Path, *, replace: bool = False) -> None:
+    """Give a folder that is full its name.
+
+    Args:
+        building: On the same file system as `folder`.
+        folder: Absent or empty, unless `replace`.
+        replace: Delete an existing folder once the new one has its place.
+    """
+    for path in [*sorted(building.rglob("*"), reverse=True), building]:
+        sync(path)
+    if replace and folder.exists():
+        exchange(building, folder)
+        sync(folder.parent)
+        shutil.rmtree(building, ignore_errors=True)
+        return
+    if folder.exists():
+        folder.rmdir()  # empty, or this raises
+    building.rename(folder)
+    sync(folder.parent)
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Let two folders of one file system swap their names.
+
+    In one step where the system can (Linux), so that both names stand for a whole folder at every moment. Elsewhere by
+    three renames, and `finish_exchange` repairs what was cut off in between.
+    """
+    if _swapped(first, second):
+        return
+    spare = _spare(first)
+    second.rename(spare)
+    try:
+        first.rename(second)
+    except BaseException:
+        spare.rename(second)
+        raise
+    spare.rename(first)
+
+
+def finish_exchange(first: Path, second: Path) -> None:
+    """Bring an exchange that was cut off to one of its ends: both names stand for a whole folder again."""
+    spare = _spare(first)
+    if spare.exists():
+        spare.rename(first if second.exists() else second)
+
+
+def _spare(first: Path) -> Path:
+    return first.with_name(f".{first.name}.exchanged")
+
+
+def _swapped(first: Path, second: Path) -> bool:
+    """By one system call; False where it is missing, or the file system does not know it."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchanging = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(call(here, os.fsencode(first), here, os.fsencode(second), exchanging) == 0)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, in place of any before."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with fresh.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    sync(path.parent)

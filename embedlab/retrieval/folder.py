@@ -103,7 +103,7 @@ class FolderGallery(Gallery):
             raise
         return gallery
 
-    def close(self) -> None:
+    def close(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         self._closed = True  # what runs behind sees it and gives up
         self._keeper.wait()
         if self._reader is not None and self._reader is not threading.current_thread():
@@ -111,7 +111,7 @@ class FolderGallery(Gallery):
         with self._mutex:
             if not self._let_go:
                 self._let_go = True
-                self._store.close()
+                self._store.close(meanwhile)
 
     def __repr__(self) -> str:
         if self._current is None:
@@ -170,7 +170,7 @@ class FolderGallery(Gallery):
             with self._changing() as (meta, now, publish):
                 require_dim(vectors.shape[1], meta.dim)  # two first enrollments at once may disagree
                 meta.dim = vectors.shape[1]
-                ids = self._store.insert(meta, names, notes, vectors)
+                ids = self._store.insert(meta, names, notes, vectors, wanted.ids)
                 if wanted.thumbnails:
                     pairs = zip(ids.tolist(), wanted.thumbnails, strict=True)
                     self._store.write_thumbnails(meta, {template: image for template, image in pairs if image})

@@ -66,6 +66,7 @@ class Enrollment:
         content: Digest that tells a repetition from another request.
         thumbnails: N JPEGs or None, or nothing at all.
         references: Reference images with their vectors, where the gallery lacks them.
+        ids: (N,) rising ids that the templates had elsewhere; None gives out new ones.
     """
 
     names: list[str]
@@ -75,6 +76,7 @@ class Enrollment:
     content: bytes
     thumbnails: list[bytes | None]
     references: References
+    ids: Ids | None = None
 
 
 @dataclass(frozen=True)

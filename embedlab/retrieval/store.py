@@ -203,6 +203,7 @@ class Store:
         self._process = os.getpid()
         _refuse_links(folder)
         self._lock = None if read_only else _WriterLock(folder / LOCK)
+        self._file = _file_of(folder)
         try:
             self._connection = _connect_for_reading(folder) if read_only else _connect(folder / DATABASE)
             with self._reading():
@@ -211,6 +212,7 @@ class Store:
                 self.opened = meta = self.meta()
                 if not read_only and self._acknowledged(meta.uuid) < meta.generation:
                     self._acknowledge(meta)  # a crash between COMMIT and acknowledgement: the commit stands
+            self._require_same_file()  # else SQLite may have opened the database of one and the log of another
         except BaseException:
             if hasattr(self, "_connection"):
                 self._connection.close()
@@ -238,16 +240,23 @@ class Store:
         os.chmod(folder / DATABASE, 0o600)
         write_generation(folder / GENERATION, meta.uuid, meta.generation)
 
-    def close(self) -> None:
-        """Fold the log into the database, close it and let the next writer in."""
+    def close(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Fold the log into the database, close it and let the next writer in.
+
+        Args:
+            meanwhile: What to do when no handle on the files is left, but nobody else can write yet.
+        """
         if os.getpid() != self._process:
             return  # a forked child: closing would drop the parent's locks
         with suppress(sqlite3.Error):
             if not self.read_only and not self.broken:
                 self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._connection.close()
-        if self._lock:
-            self._lock.release()
+        try:
+            meanwhile()
+        finally:
+            if self._lock:
+                self._lock.release()
 
     def meta(self) -> Meta:
         """The facts as committed, checked against what was acknowledged."""
@@ -270,11 +279,24 @@ class Store:
         return meta
 
     def changed(self) -> bool:
-        """Whether another process has committed since this was last asked."""
+        """Whether another process has committed since this was last asked.
+
+        Raises:
+            GalleryError: Another gallery stands in the folder by now.
+        """
+        self._require_same_file()
         with self._reading():
             version = self._connection.execute("PRAGMA data_version").fetchone()[0]
         before, self._data_version = self._data_version, version
         return bool(before != version)
+
+    def _require_same_file(self) -> None:
+        now = _file_of(self.folder)
+        if now is not None and now != self._file:
+            raise GalleryError(
+                f"Another gallery stands in {self.folder} since it was opened here, by 'gallery migrate' or a backup "
+                "that was put back; open it again."
+            )
 
     def load(self, *, after: int = 0, verify: bool = True, cancelled: Callable[[], bool] = lambda: False) -> Contents:
         """Read templates with an id above `after`; with `after` 0 everything is checked as a whole too.
@@ -326,9 +348,14 @@ class Store:
                 "repair it, then open the gallery again."
             ) from error
 
-    def insert(self, meta: Meta, labels: list[str], metadata: list[str | None], vectors: Vectors) -> Ids:
-        """Add templates inside `writing`; returns their new ids."""
-        ids = np.arange(meta.last_id + 1, meta.last_id + 1 + len(labels), dtype=np.int64)
+    def insert(
+        self, meta: Meta, labels: list[str], metadata: list[str | None], vectors: Vectors, ids: Ids | None = None
+    ) -> Ids:
+        """Add templates inside `writing`; returns their ids: new ones, unless some above `last_id` come along."""
+        if ids is None:
+            ids = np.arange(meta.last_id + 1, meta.last_id + 1 + len(labels), dtype=np.int64)
+        assert len(ids) == len(labels)
+        assert (np.diff(ids, prepend=meta.last_id) > 0).all(), "an id is never given out twice"
         digests: list[bytes] = []
 
         def rows() -> Iterator[tuple[int, str, str | None, bytes, bytes]]:
@@ -340,7 +367,7 @@ class Store:
         self._connection.executemany("INSERT INTO item VALUES (?, ?, ?, ?, ?)", rows())
         meta.exchange(digests)
         meta.count += len(labels)
-        meta.last_id += len(labels)
+        meta.last_id = int(ids[-1]) if len(ids) else meta.last_id
         return ids
 
     def delete(self, meta: Meta, ids: Ids) -> None:
@@ -372,6 +399,14 @@ class Store:
         """First id, number of templates and content digest under an idempotency key."""
         rows = self._side_rows("request", key)
         return None if not rows else rows[0][1:]
+
+    def succeed(self, meta: Meta, before: Store) -> None:
+        """Know the requests of another gallery and give out ids after its last, inside `writing`."""
+        known = {row[0] for row in self._side_rows("request")}
+        new = [row for row in before._side_rows("request") if row[0] not in known]
+        _insert(self._connection, meta, "request", [(key.decode(), *rest) for key, *rest in new])
+        meta.last_id = max(meta.last_id, before.opened.last_id)
+        self._connection.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'item'", (meta.last_id,))
 
     def write_thumbnails(self, meta: Meta, thumbnails: dict[int, bytes]) -> None:
         """Keep an encoded picture of templates, by id, inside `writing`; `delete` takes it away with its template."""
@@ -857,13 +892,18 @@ class _WriterLock:
             raise GalleryError(f"{path.parent} is no gallery: there is no such folder. Gallery.create makes one.")
         if not (path.parent / DATABASE).is_file():
             raise GalleryError(f"{path.parent} is no gallery: it holds no {DATABASE}. Gallery.create makes one.")
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            _lock_file(self._handle)
-        except OSError as error:
-            owner = os.pread(self._handle, 4096, 0) if hasattr(os, "pread") else b""
-            os.close(self._handle)
-            raise GalleryLocked(_locked_by(path.parent, owner)) from error
+        while True:
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                _lock_file(self._handle)
+            except OSError as error:
+                owner = os.pread(self._handle, 4096, 0) if hasattr(os, "pread") else b""
+                os.close(self._handle)
+                raise GalleryLocked(_locked_by(path.parent, owner)) from error
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(self._handle), os.stat(path)):
+                    break
+            os.close(self._handle)  # the folder was exchanged between opening and locking: that was the other's lock
         content = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "program": Path(sys.argv[0]).name})
         with suppress(OSError):  # a full disk: the lock holds all the same, only its owner goes unnamed
             os.ftruncate(self._handle, 0)
@@ -896,6 +936,15 @@ def _lock_file(handle: int) -> None:
         import fcntl
 
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _file_of(folder: Path) -> tuple[int, int] | None:
+    """What tells the database in a folder from any other that takes its place; None without one."""
+    try:
+        found = os.stat(folder / DATABASE)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def refuse_if_not_empty(folder: Path) -> None:

@@ -318,6 +318,8 @@ class Service:
         self._attempts = Attempts(verify_per_minute)
         self._pictured: tuple[int, dict[str, int]] = (-1, {})
         self.inbox = None if inbox_days is None else Inbox(gallery.folder, inbox_days)
+        if self.inbox is not None:
+            self.inbox.follow(gallery)
 
     @asynccontextmanager
     async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:

@@ -24,6 +24,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS probe (id INTEGER PRIMARY KEY AUTOINCREMENT, seen REAL NOT NULL, image BLOB NOT NULL,
     vector BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS name (uuid TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS embedder (fingerprint TEXT NOT NULL);
 """
 
 
@@ -65,6 +66,18 @@ class Inbox:
         if not self._database.execute("SELECT 1 FROM name").fetchone():
             self._database.execute("INSERT INTO name VALUES (?)", (uuid.uuid4().hex,))
         self._uuid = str(self._database.execute("SELECT uuid FROM name").fetchone()[0])
+
+    def follow(self, gallery: Gallery) -> None:
+        """Embed the probes anew where the gallery has got another encoder since they were kept."""
+        with self._lock:
+            known = [row[0] for row in self._database.execute("SELECT fingerprint FROM embedder")]
+            rows = [] if known in ([], [gallery.fingerprint]) else self._database.execute("SELECT id, image FROM probe")
+            fresh = [(np.asarray(_vector(gallery, image), "<f4").tobytes(), number) for number, image in list(rows)]
+            with self._database:
+                self._database.execute("BEGIN")
+                self._database.executemany("UPDATE probe SET vector = ? WHERE id = ?", fresh)
+                self._database.execute("DELETE FROM embedder")
+                self._database.execute("INSERT INTO embedder VALUES (?)", (gallery.fingerprint,))
 
     def close(self) -> None:
         """Close the file."""
@@ -125,6 +138,10 @@ class Inbox:
         """Erase probes."""
         with self._lock:
             self._database.executemany("DELETE FROM probe WHERE id = ?", [(number,) for number in ids])
+
+
+def _vector(gallery: Gallery, content: bytes) -> Vectors:
+    return gallery.embed(_pixels(content)[None]).vectors
 
 
 def _groups(vectors: Vectors, threshold: float) -> list[int]:
