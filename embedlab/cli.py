@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print(result: Result, options: argparse.Namespace) -> None:
     text = result.pop("text", None)
+    if result.get("silent"):
+        return
     if options.json or text is None:
         result.pop("exit", None)
         print(json.dumps(plain(result), ensure_ascii=False, allow_nan=False))
@@ -161,6 +163,11 @@ def _add_embed(commands: Any) -> None:
     parser.add_argument("--encoder", required=True, help=ENCODER_HELP)
     parser.add_argument("--out", type=Path, required=True, help="folder for the stored embeddings")
     parser.add_argument("--overwrite", action="store_true", help="replace stored embeddings")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that stopped")
+    parser.add_argument(
+        "--devices", type=_count, default=1, help="processes on this node, one per GPU or on the processor"
+    )
+    parser.add_argument("--nodes", type=_count, default=1, help="nodes that share the work and see the same folder")
     _add_reading(parser)
     _add_embedding(parser)
 
@@ -553,16 +560,10 @@ def _quickstart(options: argparse.Namespace) -> Result:
 
 
 def _embed(options: argparse.Namespace) -> Result:
-    from embedlab.retrieval import write_embeddings
-    from embedlab.retrieval.embedders import as_embedder, on_device
+    from embedlab.retrieval.embedders import as_embedder
+    from embedlab.retrieval.extraction import extract
 
-    encoder: Any = on_device(as_embedder(options.encoder))
-    source = _source(options.path, options.select)
-    started = time.perf_counter()
-    embeddings = encoder.embed(
-        source, batch_size=options.batch_size, precision=options.precision, on_error=options.on_error
-    )
-    seconds = time.perf_counter() - started
+    encoder: Any = as_embedder(options.encoder)
     protocol = {
         "encoder": encoder.fingerprint,
         "preprocessing": encoder.preprocessing,
@@ -570,17 +571,24 @@ def _embed(options: argparse.Namespace) -> Result:
         "source": options.path,
         "select": _selection(options.select),
     }
-    write_embeddings(options.out, embeddings, protocol=protocol, overwrite=options.overwrite)
-    count, dim = embeddings.vectors.shape
-    return {
-        "out": str(options.out),
-        "count": count,
-        "dim": dim,
-        "skipped": len(source) - count,
-        "encoder": encoder.fingerprint,
-        "seconds": round(seconds, 2),
-        "text": f"{count} images, {dim} numbers each, in {seconds:.1f} s: {options.out}",
-    }
+    found = extract(
+        encoder,
+        _source(options.path, options.select),
+        options.out,
+        protocol=protocol,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        on_error=options.on_error,
+        devices=options.devices,
+        nodes=options.nodes,
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    if found is None:  # a further process of the same run
+        return {"silent": True}
+    kept = f" ({found.kept} were there)" if found.kept else ""
+    text = f"{found.count} images{kept}, {found.dim} numbers each, in {found.seconds:.1f} s: {options.out}"
+    return {"out": str(options.out), "encoder": encoder.fingerprint, **vars(found), "text": text}
 
 
 def _evaluate(options: argparse.Namespace) -> Result:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ def embed_images(
     dim: int | None,
     batch_size: int,
     on_error: OnError,
-    progress: bool,
+    progress: bool | Any,
+    skip_limit: float = SKIP_LIMIT,
 ) -> Embeddings:
     """Embed files, a data source or arrays.
 
@@ -42,8 +44,9 @@ def embed_images(
         fit: How files become square, see `fit_image`.
         dim: D, for an input without images; None takes 0.
         batch_size: Images per call of `embed_batch`.
-        on_error: "stop" raises at the first unreadable file, "skip" leaves it out and logs it (1 % at most).
-        progress: Show a bar on stderr when it takes longer than a second.
+        on_error: "stop" raises at the first unreadable file, "skip" leaves it out and logs it.
+        progress: Show a bar on stderr when it takes longer than a second; or a bar of tqdm to move on.
+        skip_limit: Largest share that may be left out.
 
     Returns:
         Embeddings whose ids are row numbers of the input; labels and paths as far as the input has them.
@@ -54,18 +57,22 @@ def embed_images(
     paths = None if source or hasattr(images, "ndim") else [os.fspath(path) for path in images]
     names = source.names if source else paths  # None for arrays
     vectors, kept, skipped = [np.zeros((0, dim or 0), np.float32)], [np.zeros(0, np.int64)], []
-    with tqdm(total=len(images), desc="embed", unit="img", delay=1, disable=not progress) as bar:
+    own = tqdm(total=len(images), desc="embed", unit="img", delay=1, disable=progress is not True)
+    with own if isinstance(progress, bool) else nullcontext(progress) as bar:
         for start in range(0, len(images), _CHUNK):
             rows: Rows = np.arange(start, min(start + _CHUNK, len(images)))
-            bar.update(len(rows))
+            count = len(rows)
             if names is None:
                 chunk = preprocess(images[start : start + _CHUNK])
             else:
                 chunk, rows, bad = _decode(source, paths, rows, size, channels, fit, on_error)
                 skipped += bad
             kept.append(rows)
-            vectors += [embed_batch(chunk[first : first + batch_size]) for first in range(0, len(chunk), batch_size)]
-    report_skipped(skipped, len(images), SKIP_LIMIT)
+            for first in range(0, len(chunk), batch_size):
+                vectors.append(embed_batch(chunk[first : first + batch_size]))
+                bar.update(len(vectors[-1]))
+            bar.update(count - len(rows))
+    report_skipped(skipped, len(images), skip_limit)
     ids = np.concatenate(kept)
     return Embeddings(
         vectors=np.concatenate([part for part in vectors if len(part)] or vectors[:1]),

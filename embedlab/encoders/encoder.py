@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from embedlab._ops import normalize
 from embedlab._types import Embeddings
 from embedlab.data.embedding import embed_images, identity_hash
-from embedlab.data.images import Fit, OnError, fit_batch
+from embedlab.data.images import SKIP_LIMIT, Fit, OnError, fit_batch
 from embedlab.data.sources import Source
 from embedlab.data.views import FixedViews, color_statistics
 from embedlab.encoders.backbones import Pixels, ResNet, TimmBackbone
@@ -192,7 +192,8 @@ class Encoder(nn.Module):
         batch_size: int = 128,
         precision: Literal["float32", "bfloat16"] = "float32",
         on_error: OnError = "stop",
-        progress: bool = True,
+        progress: bool | Any = True,
+        skip_limit: float = SKIP_LIMIT,
     ) -> Embeddings:
         """Embed files, a data source or arrays, on the device that holds the weights.
 
@@ -200,8 +201,9 @@ class Encoder(nn.Module):
             images: Paths, a `Source`, or (N, C, H, W) uint8 or float in [0, 1].
             batch_size: Images per forward pass; with test-time views, views.
             precision: "bfloat16" is 2-3 times faster on recent processors and changes a cosine by about 0.001.
-            on_error: "stop" raises at the first unreadable file, "skip" leaves it out and logs it (1 % at most).
-            progress: Show a bar on stderr when it takes longer than a second.
+            on_error: "stop" raises at the first unreadable file, "skip" leaves it out and logs it.
+            progress: Show a bar on stderr when it takes longer than a second; or a bar of tqdm to move on.
+            skip_limit: Largest share that may be left out.
 
         Returns:
             Embeddings whose ids are row numbers of the input; labels and paths as far as the input has them.
@@ -217,6 +219,7 @@ class Encoder(nn.Module):
             batch_size=batch_size if self.test_views is None else max(1, batch_size // self.test_views.count),
             on_error=on_error,
             progress=progress,
+            skip_limit=skip_limit,
         )
 
     @torch.no_grad()

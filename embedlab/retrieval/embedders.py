@@ -15,7 +15,7 @@ from tqdm import tqdm
 from embedlab._json import plain
 from embedlab._types import Embeddings, Vectors
 from embedlab.data.embedding import embed_images, identity_hash
-from embedlab.data.images import Fit, OnError, available_cores, fit_batch
+from embedlab.data.images import SKIP_LIMIT, Fit, OnError, available_cores, fit_batch
 from embedlab.retrieval._durable import new_folder
 
 ONNX_KEY = "embedlab"  # of the metadata in a file that we exported
@@ -247,7 +247,8 @@ class OnnxEmbedder:
         batch_size: int = 64,
         precision: str = "float32",
         on_error: OnError = "stop",
-        progress: bool = True,
+        progress: bool | Any = True,
+        skip_limit: float = SKIP_LIMIT,
     ) -> Embeddings:
         """Embed files, a data source or arrays.
 
@@ -255,8 +256,9 @@ class OnnxEmbedder:
             images: Paths, a `Source`, or (N, C, H, W).
             batch_size: Images per call of the network.
             precision: "float32"; nothing else is in the file.
-            on_error: "stop" raises at the first unreadable file, "skip" leaves it out and logs it (1 % at most).
-            progress: Show a bar on stderr when it takes longer than a second.
+            on_error: "stop" raises at the first unreadable file, "skip" leaves it out and logs it.
+            progress: Show a bar on stderr when it takes longer than a second; or a bar of tqdm to move on.
+            skip_limit: Largest share that may be left out.
 
         Returns:
             Embeddings whose ids are row numbers of the input; labels and paths as far as the input has them.
@@ -277,6 +279,7 @@ class OnnxEmbedder:
             batch_size=batch_size,
             on_error=on_error,
             progress=progress,
+            skip_limit=skip_limit,
         )
 
     def save(self, folder: str | Path) -> None:

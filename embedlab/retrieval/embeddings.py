@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 
 from embedlab._types import Embeddings, Ids, Vectors
-from embedlab.retrieval._durable import new_folder
+from embedlab.retrieval._durable import new_folder, write_file
 from embedlab.retrieval.embedders import as_array
 
 FORMAT = "embedlab-embeddings"
@@ -50,6 +50,17 @@ def write_embeddings(
         ValueError: The folder holds something else, or the protocol has a reserved key or is not JSON.
     """
     folder = Path(folder)
+    refuse_taken(folder, protocol, overwrite=overwrite)
+    count = len(embeddings)
+    with new_folder(folder, replace=overwrite) as building:
+        files: dict[str, str] = {}
+        for part, start in enumerate(range(0, count, rows_per_part)):
+            files |= write_part(building, part, embeddings.vectors[start : start + rows_per_part])
+        write_protocol(building, embeddings, protocol, files)
+
+
+def refuse_taken(folder: Path, protocol: dict[str, Any], *, overwrite: bool) -> None:
+    """Raise unless embeddings with this protocol may be stored here."""
     reserved = {"format", "version", "dim", "count", "labels", "paths", "files", "digest"}
     if taken := sorted(reserved & protocol.keys()):
         raise ValueError(f"The protocol has the keys {taken}, which write_embeddings fills in itself; rename them.")
@@ -62,26 +73,44 @@ def write_embeddings(
                 else " or pass overwrite=True (--overwrite)."
             )
         )
-    count, dim = embeddings.vectors.shape
-    with new_folder(folder, replace=overwrite) as building:
-        files: dict[str, str] = {}
-        for part, start in enumerate(range(0, count, rows_per_part)):
-            rows = np.ascontiguousarray(embeddings.vectors[start : start + rows_per_part])
-            _write(building / f"part-{part:05d}.safetensors", safetensors.numpy.save({"vectors": rows}), files)
-        _write(building / "rows.csv", _rows_csv(embeddings), files)
-        content = {
-            **protocol,
-            "format": FORMAT,
-            "version": VERSION,
-            "dim": dim,
-            "count": count,
-            "labels": embeddings.labels is not None,
-            "paths": embeddings.paths is not None,
-            "files": files,
-        }
-        content["digest"] = _protocol_digest(content)
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        (building / "protocol.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_part(folder: Path, part: int, vectors: Vectors) -> dict[str, str]:
+    """Write one file of vectors (N, D); returns its name with its digest."""
+    name, content = part_name(part), safetensors.numpy.save({"vectors": np.ascontiguousarray(vectors)})
+    write_file(folder / name, content)
+    return {name: digest_of(content)}
+
+
+def part_name(part: int) -> str:
+    """Of the file with the vectors of a part."""
+    return f"part-{part:05d}.safetensors"
+
+
+def write_protocol(folder: Path, embeddings: Embeddings, protocol: dict[str, Any], files: dict[str, str]) -> None:
+    """Write rows.csv and, last of all, protocol.json beside the parts.
+
+    Args:
+        folder: With all parts.
+        embeddings: Ids, labels and paths of all rows; vectors (N, D), which need not be there.
+        protocol: As in `write_embeddings`.
+        files: Digests of the parts by name.
+    """
+    rows = _rows_csv(embeddings)
+    write_file(folder / "rows.csv", rows)
+    content = {
+        **protocol,
+        "format": FORMAT,
+        "version": VERSION,
+        "dim": embeddings.vectors.shape[1],
+        "count": len(embeddings),
+        "labels": embeddings.labels is not None,
+        "paths": embeddings.paths is not None,
+        "files": files | {"rows.csv": digest_of(rows)},
+    }
+    content["digest"] = _protocol_digest(content)
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_file(folder / "protocol.json", (text + "\n").encode())
 
 
 def read_protocol(folder: str | Path) -> dict[str, Any]:
@@ -392,25 +421,21 @@ def _rows_csv(embeddings: Embeddings) -> bytes:
     return text.getvalue().encode("utf-8")
 
 
-def _write(path: Path, content: bytes, files: dict[str, str]) -> None:
-    path.write_bytes(content)
-    files[path.name] = _digest(content)
-
-
 def _checked(path: Path, digest: str) -> bytes:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; make the embeddings again.") from error
-    if _digest(content) != digest:
+    if digest_of(content) != digest:
         raise ValueError(f"{path} is damaged or was edited: its digest does not fit. Make the embeddings again.")
     return content
 
 
-def _digest(content: bytes) -> str:
+def digest_of(content: bytes) -> str:
+    """BLAKE2b-128, in hexadecimal."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _protocol_digest(content: dict[str, Any]) -> str:
     rest = {key: value for key, value in content.items() if key != "digest"}
-    return _digest(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    return digest_of(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"))
