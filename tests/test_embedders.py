@@ -161,7 +161,7 @@ def test_files_that_are_no_network_are_explained(tmp_path) -> None:
         open_onnx(path)
     with pytest.raises(ValueError, match=r"absent\.onnx cannot be read \(No such file"):
         as_embedder(tmp_path / "absent.onnx")
-    with pytest.raises(ValueError, match=r"holds no encoder\.json, and is no \.onnx file"):
+    with pytest.raises(ValueError, match=r"no encoder\.json and no model\.onnx, and is no \.onnx file"):
         as_embedder(tmp_path)
 
 

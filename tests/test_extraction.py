@@ -107,15 +107,24 @@ def test_what_does_not_belong_together_is_refused(photos, tmp_path, three, monke
         return capsys.readouterr().err
 
     assert "Nothing to resume" in fails("--resume")
+    embed, calls = Encoder.embed, []
+
+    def dying(self, source, **options):
+        calls.append(source)
+        if len(calls) in (1, 4):
+            raise RuntimeError("no power")
+        return embed(self, source, **options)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Encoder, "embed", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no power")))
+        patch.setattr(Encoder, "embed", dying)
         assert "no power" in fails()
+        assert "keeps what is done" not in caplog.text
+        assert "no power" in fails()  # a run without any part is a false start: nothing is in the way
         assert "out.unfinished keeps what is done; --resume goes on with it" in caplog.text
     assert "holds a run that was not finished: go on by resume=True (--resume)" in fails()
     told = fails("--resume", encoder="other")
     assert re.search(r"was begun for something else: encoder was '\w+' and is '\w+'; preprocessing was", told)
     assert "precision was 'float32' and is 'bfloat16'" in fails("--resume", "--precision", "bfloat16")
-    assert "on_error was 'stop' and is 'skip'" in fails("--resume", "--on-error", "skip")
     extra = photos / "p0" / "extra.png"
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(extra)
     told = fails("--resume")

@@ -94,7 +94,7 @@ def extract(
             with another encoder, other images or another protocol.
     """
     started = time.perf_counter()
-    work = Extraction(Path(folder), source, protocol, on_error)
+    work = Extraction(Path(folder), source, protocol)
     options = {"batch_size": batch_size, "precision": precision, "on_error": on_error, "skip_limit": 1.0}
     try:
         if devices * nodes > 1:
@@ -108,7 +108,7 @@ def extract(
             run_parts(work, on_device(embedder), options, work.missing(), progress=progress)
             first = True
     except BaseException:
-        if work.place.exists():
+        if work.begun:
             logger.info("%s keeps what is done; --resume goes on with it.", work.place)
         raise
     if not first:
@@ -145,10 +145,9 @@ class Extraction:
         folder: Where the stored embeddings go.
         source: N images.
         protocol: As in `write_embeddings`; it must be the same when a run is resumed.
-        on_error: The same.
     """
 
-    def __init__(self, folder: Path, source: Source, protocol: dict[str, Any], on_error: OnError) -> None:
+    def __init__(self, folder: Path, source: Source, protocol: dict[str, Any]) -> None:
         self.folder = folder
         self.place = folder.with_name(folder.name + ".unfinished")
         self.source = source
@@ -156,11 +155,11 @@ class Extraction:
         self._protocol = protocol
         listing = json.dumps([source.names, source.labels]).encode()
         names = hashlib.blake2b(listing, digest_size=16).hexdigest()
-        self._wanted = {**protocol, "on_error": on_error, "images": len(source), "names and labels": names}
+        self._wanted = {**protocol, "images": len(source), "names and labels": names}
 
     def begin(self, *, resume: bool, overwrite: bool) -> None:
         """Make the folder, or check that it is of the same run; for one process, before any other asks."""
-        if self.place.exists() and overwrite and not resume:
+        if self.place.exists() and not resume and (overwrite or not self.begun):
             shutil.rmtree(self.place)
         if self.place.exists() and not resume:
             raise ValueError(
@@ -179,6 +178,11 @@ class Extraction:
                 (building / PLAN).write_text(json.dumps(plan), encoding="utf-8")
         refuse_taken(self.folder, self._protocol, overwrite=overwrite)
         self._require_same()
+
+    @property
+    def begun(self) -> bool:
+        """Whether any part is done."""
+        return any(self.place.glob("part-*.json"))
 
     @cached_property
     def _plan(self) -> dict[str, Any]:
