@@ -335,10 +335,14 @@ def _add_info(commands: Any) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    parser = _command(commands, "export", _export, "write an encoder as one file that runs without embedlab")
-    parser.add_argument("encoder", help="folder of a saved encoder")
+    parser = _command(
+        commands, "export", _export, "write an encoder as one file, or a gallery as a folder without torch"
+    )
+    parser.add_argument("encoder", help="folder of a saved encoder, or of a gallery with one")
     parser.add_argument("--format", choices=["onnx", "torch-export"], default="onnx")
-    parser.add_argument("--out", type=Path, required=True, help="the file, such as encoder.onnx")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the file, such as encoder.onnx; a folder for a gallery"
+    )
     parser.add_argument("--images", metavar="PATH", help=f"also compare both on these: {PATH_HELP}")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     _add_reading(parser)
@@ -845,16 +849,22 @@ def _finetune(options: argparse.Namespace) -> Result:
 
 def _export(options: argparse.Namespace) -> Result:
     from embedlab.encoders import Encoder
-    from embedlab.serving.export import export_encoder
+    from embedlab.serving.export import export_encoder, export_gallery, is_gallery
 
-    report = export_encoder(
-        Encoder.load(options.encoder),
-        options.out,
-        format=options.format,
-        images=None if options.images is None else _source(options.images, options.select),
-        on_error=options.on_error,
-        overwrite=options.overwrite,
-    ).to_dict()
+    images = None if options.images is None else _source(options.images, options.select)
+    if is_gallery(options.encoder):
+        if options.format != "onnx" or options.overwrite:
+            raise ValueError("A gallery is exported as ONNX into a new folder; leave out --format and --overwrite.")
+        report = export_gallery(options.encoder, options.out, images=images, on_error=options.on_error).to_dict()
+    else:
+        report = export_encoder(
+            Encoder.load(options.encoder),
+            options.out,
+            format=options.format,
+            images=images,
+            on_error=options.on_error,
+            overwrite=options.overwrite,
+        ).to_dict()
     recall = report["recall_at_1"]
     text = (
         f"{report['path']}: {report['bytes'] / 1e6:.1f} MB, {report['dim']} numbers per image\n"

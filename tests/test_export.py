@@ -1,16 +1,21 @@
 """Exported files: the encoder's vectors, nothing of this machine, no torch to serve them."""
 
+import contextlib
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
+import time
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from harness_serving import free_port
 from PIL import Image
 from torch import nn
 
@@ -478,3 +483,82 @@ def test_what_an_exported_file_cannot_do_says_so(exported, tmp_path, capsys) -> 
 def test_the_preprocessing_of_an_exported_file_is_the_encoders(exported) -> None:
     encoder, path, _ = exported
     assert OnnxEmbedder(path).preprocessing == encoder.preprocessing
+
+
+def test_a_gallery_is_exported_as_one_folder_that_is_served_elsewhere_without_torch(tmp_path, capsys) -> None:
+    encoder = settled(small())
+    encoder.save(tmp_path / "encoder")
+    images = pictures(70, encoder)
+    for number, image in enumerate(images):
+        folder = tmp_path / ("people" if number < 6 else "strangers") / f"p{number // 2 if number < 6 else number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{number}.png")
+    door, people, bundle = str(tmp_path / "door"), str(tmp_path / "people"), str(tmp_path / "bundle")
+    for command in (
+        ["create", door, "--encoder", str(tmp_path / "encoder"), "--thumbnails"],
+        ["enroll", door, people],
+        ["calibrate", door, str(tmp_path / "strangers"), "--fpir", "0.05"],
+    ):
+        assert main(["gallery", *command]) == 0
+    capsys.readouterr()
+    assert main(["export", door, "--out", bundle, "--images", people]) == 0
+    text = capsys.readouterr().out
+    assert re.search(
+        r"like the encoder on 13 images: vectors differ by \d\.\de-\d\d at most, recall@1 is .* with both", text
+    )
+    with Gallery.open(door, read_only=True) as gallery:
+        threshold = gallery.calibration.threshold
+        meant = gallery.identify([tmp_path / "people" / "p1" / "3.png"])[0]
+    shutil.move(bundle, tmp_path / "elsewhere")
+    shutil.rmtree(door)
+    shutil.rmtree(tmp_path / "encoder")
+    code = """
+        import sys
+        sys.modules["torch"] = sys.modules["pytorch_lightning"] = None  # whoever imports them gets an ImportError
+        from embedlab.cli import main
+        sys.exit(main(["serve", sys.argv[1], "--port", sys.argv[2]]))
+    """
+    port = str(free_port())
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "elsewhere"), port],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        url, photo = f"http://127.0.0.1:{port}/api", (tmp_path / "people" / "p1" / "3.png").read_bytes()
+        answer = None
+        for _ in range(600):
+            assert process.poll() is None, process.stderr.read()
+            with contextlib.suppress(OSError):
+                answer = json.load(urlopen(Request(f"{url}/identify", data=photo, method="POST"), timeout=30))
+                break
+            time.sleep(0.1)
+        assert answer["label"] == meant.label
+        assert answer["score"] == pytest.approx(meant.score, abs=6e-4)
+        assert answer["neighbours"][0]["thumbnail"]
+        about = json.load(urlopen(f"{url}/gallery", timeout=30))
+        assert (about["identities"], about["threshold"]) == (3, round(threshold, 3))
+        assert {one["label"] for one in json.load(urlopen(f"{url}/identities", timeout=30))["identities"]} == {
+            "p0",
+            "p1",
+            "p2",
+        }
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "people", "strangers"]
+
+
+def test_a_gallery_that_cannot_be_exported_says_why(exported, tmp_path, capsys) -> None:
+    encoder, path, _ = exported
+    for name, embedder in (("onnx", path), ("encoder", encoder)):
+        with Gallery.create(tmp_path / name, embedder) as gallery:
+            gallery.enroll(pictures(1, encoder), labels="a")
+    for gallery, out, text in [
+        ("onnx", ["new"], "is such a bundle already: copy it by 'gallery backup'"),
+        ("encoder", ["onnx"], "onnx is already a gallery; choose a new folder"),
+        ("encoder", ["new", "--format", "torch-export"], "exported as ONNX into a new folder; leave out --format"),
+    ]:
+        assert main(["export", str(tmp_path / gallery), "--out", str(tmp_path / out[0]), *out[1:]]) == 1
+        assert text in " ".join(capsys.readouterr().err.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "onnx"]

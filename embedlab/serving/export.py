@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -24,8 +24,10 @@ from embedlab.data.embedding import embed_images
 from embedlab.data.images import OnError
 from embedlab.encoders import Encoder
 from embedlab.metrics import recall_at_k
-from embedlab.retrieval._durable import sync
+from embedlab.retrieval import Gallery
+from embedlab.retrieval._durable import put_in_place, sync
 from embedlab.retrieval.embedders import ONNX_KEY, OnnxEmbedder, export_note, sealed
+from embedlab.retrieval.store import DATABASE, refuse_if_not_empty
 
 Format = Literal["onnx", "torch-export"]
 _SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
@@ -41,7 +43,7 @@ class ExportReport:
     """What was written and how it compares with its encoder.
 
     Args:
-        path: The file.
+        path: The file, or the folder of an exported gallery.
         format: "onnx" or "torch-export".
         bytes: Its size.
         fingerprint: Of the encoder; an ONNX file keeps it.
@@ -129,6 +131,53 @@ def export_encoder(
         Path(name).unlink(missing_ok=True)
         raise
     return ExportReport(str(out), format, len(content), encoder.fingerprint, encoder.dim, **compared)
+
+
+def export_gallery(
+    folder: str | Path, out: str | Path, *, images: Source | None = None, on_error: OnError = "stop"
+) -> ExportReport:
+    """Copy a gallery together with its encoder as an ONNX file: a folder that is served anywhere, without torch.
+
+    Templates, labels, metadata, thumbnails and thresholds are one consistent state, as by `Gallery.backup`; the folder
+    appears whole or not at all, after the file has been compared with the encoder, and the gallery's own reference
+    images have gone through it.
+
+    Args:
+        folder: Of the gallery, which may be in use.
+        out: A new folder.
+        images: As in `export_encoder`.
+        on_error: As in `export_encoder`.
+
+    Raises:
+        ExportError: As in `export_encoder`.
+        ValueError: The place is taken, or the gallery has no encoder in its folder.
+    """
+    folder, out = Path(folder), Path(out)
+    refuse_if_not_empty(out)
+    if not (folder / "encoder" / "encoder.json").is_file():
+        raise ValueError(
+            f"{folder} keeps no encoder of ours that could be exported. A gallery of an ONNX file is such a bundle "
+            "already: copy it by 'gallery backup'."
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as place:
+        bundle = Path(place) / "bundle"
+        with Gallery.open(folder, read_only=True) as gallery:
+            gallery.backup(bundle)
+        encoder = Encoder.load(bundle / "encoder")
+        for path in (bundle / "encoder").iterdir():
+            path.unlink()
+        report = export_encoder(encoder, bundle / "encoder" / "model.onnx", images=images, on_error=on_error)
+        with Gallery.open(bundle) as gallery:
+            assert gallery.embedder.fingerprint == encoder.fingerprint  # loading it compares the reference images
+        put_in_place(bundle, out)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return replace(report, path=str(out), bytes=size)
+
+
+def is_gallery(path: str | Path) -> bool:
+    """Whether `export_gallery` takes this rather than `export_encoder`."""
+    return (Path(path) / DATABASE).is_file()
 
 
 def _facts(encoder: Encoder) -> dict[str, Any]:
