@@ -210,10 +210,16 @@ def test_classes_confusions_and_examples_by_loops(tmp_path) -> None:
     np.testing.assert_allclose(cosine, mates.max(axis=1)[rows])
     shown = examples(found, each=4, seed=1)
     margins = (scores.max(axis=1) - mates.max(axis=1))[rows]
-    assert [one.query for one in shown["worst"]] == rows[np.argsort(-margins, kind="stable")[:4]].tolist()
+    worst: dict[str, int] = {}
+    for row in rows[np.argsort(-margins, kind="stable")].tolist():
+        worst.setdefault(held.labels[row], row)  # one for each class
+    assert [one.query for one in shown["worst"]] == list(worst.values())[:4]
     assert all(one.right[0] for one in shown["right"])
     assert all(any(one.right) and not one.right[0] for one in shown["late"])
-    assert [one.margin for one in shown["worst"]] == pytest.approx(np.sort(margins)[::-1][:4], abs=1e-6)
+    by_row = dict(zip(rows.tolist(), margins.tolist(), strict=True))
+    assert [one.margin for one in shown["worst"]] == pytest.approx(
+        [by_row[one.query] for one in shown["worst"]], abs=1e-6
+    )
 
 
 def test_paired_differences_equal_the_loops(tmp_path, monkeypatch) -> None:

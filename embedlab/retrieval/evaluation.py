@@ -377,7 +377,10 @@ def _verification(query: Embeddings, reference: Embeddings | None, seed: int) ->
         return None
     report = verification_report(vectors, names, groups=groups, curve=CURVE)
     scores = pairs.scores(query.vectors, None if reference is None else reference.vectors)
-    rates = [far for far in report.far if far * len(pairs.impostors) >= 10]
+    enough_pairs = (
+        10 if len(pairs.impostors) == pairs.impostors_total else 100
+    )  # drawn ones bring a chance of their own
+    rates = [far for far in report.far if far * len(pairs.impostors) >= enough_pairs]
     resamples = verification_resamples(pairs, scores, far=rates, resamples=RESAMPLES)
     return Verification(report, pairs, scores, resamples)
 

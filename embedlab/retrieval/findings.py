@@ -162,7 +162,7 @@ def examples(found: Evaluation, *, each: int = 6, seed: int = 0) -> dict[str, li
 
     Returns:
         `right`: the nearest is of the class; `late`: not the nearest, but one of those shown; `worst`: mistakes with
-        the largest margin between the nearest and the nearest of the own class.
+        the largest margin between the nearest and the nearest of the own class, one for each class.
     """
     fine = found.per_query["recall_at_1"]
     classes = np.array(found.searched_labels, dtype=object)
@@ -171,7 +171,8 @@ def examples(found: Evaluation, *, each: int = 6, seed: int = 0) -> dict[str, li
     first, late = np.flatnonzero(fine == 1), np.flatnonzero((fine == 0) & right.any(axis=1))
     wrong = np.flatnonzero(fine == 0)
     own, own_cosine = nearest_of_class(found, wrong)
-    order = np.argsort(own_cosine - found.cosines[wrong, 0], kind="stable")[:each]
+    order = np.argsort(own_cosine - found.cosines[wrong, 0], kind="stable")
+    order = order[np.sort(np.unique([found.labels[row] for row in wrong[order]], return_index=True)[1])][:each]
 
     def shown(row: int, mate: tuple[int, float] | None = None) -> Example:
         flags = tuple(right[row].tolist())

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from embedlab.encoders.capacity import Capacity
 
 CLASSES = 1_000  # rows of the table
-BINS = 80  # of a distribution
+BINS = 80  # of a distribution, at most
 CURVE = 300  # points of a curve
 TONES = ("accent", "warn", "good", "bad")
 
@@ -80,12 +80,12 @@ def evaluation_report(
             "header",
             tag("div", "Comparison" if comparison else "Evaluation", class_="eyebrow"),
             tag("h1", title),
-            tag("p", _told(first, data), class_="quiet"),
+            tag("p", _told(first, data, compared=comparison is not None), class_="quiet"),
             tag("nav", [tag("a", text, href=f"#{name}") for name, text in links]),
         ),
         tag(
             "main",
-            _tiles(first),
+            _tiles(found, comparison),
             _summary(found, comparison),
             _retrieval(found),
             _verification(found, 2 if comparison else 1) if first.verification else None,
@@ -109,10 +109,14 @@ def evaluation_report(
 def _title(first: Evaluation, comparison: Mapping[str, Any] | None) -> str:
     if comparison:
         return f"{comparison['first']} and {comparison['second']}"
-    return "/".join(first.plan.path.rstrip("/").split("/")[-2:]) or first.plan.path
+    return _last_parts(first.plan.path)
 
 
-def _told(first: Evaluation, data: Mapping[str, Any]) -> str:
+def _last_parts(path: str) -> str:
+    return "/".join(path.rstrip("/").split("/")[-2:]) or path
+
+
+def _told(first: Evaluation, data: Mapping[str, Any], *, compared: bool) -> str:
     where = (
         "every image searched among the others (leave-one-out)"
         if first.reference is None
@@ -120,7 +124,8 @@ def _told(first: Evaluation, data: Mapping[str, Any]) -> str:
     )
     lost = data["skipped"]
     return (
-        f"{data['images']:,} images of {data['identities']:,} identities, {where}; {data['dim']} numbers per image."
+        (f"{_last_parts(first.plan.path)}: " if compared else "")
+        + f"{data['images']:,} images of {data['identities']:,} identities, {where}; {data['dim']} numbers per image."
         + (f" {lost:,} unreadable images were skipped." if lost else "")
     )
 
@@ -136,51 +141,45 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _tile(value: float | None, name: str, interval: Interval) -> Html:
-    return tag(
-        "div",
-        tag("b", _percent(value)),
-        tag("span", name),
-        tag("span", _range(interval), class_="range") if interval is not None else None,
-        class_="figure",
-    )
-
-
-def _tiles(first: Evaluation) -> Html:
-    """The five or six figures that say most."""
-    figures = first.figures
-    ranges = figures["intervals"]
-    tiles = [
-        _tile(figures["recall_at_1"], "recall@1", ranges.get("recall_at_1")),
-        _tile(figures["map_at_r"], "MAP@R", ranges.get("map_at_r")),
+def _tiles(found: Sequence[Evaluation], comparison: Mapping[str, Any] | None) -> Html:
+    """The five or six figures that say most; of two encoders side by side with the interval of their difference."""
+    figures = found[0].figures
+    pairs, trial = figures.get("verification"), figures.get("open_set")
+    place = _shown_far(pairs) if pairs else None
+    wanted = [
+        "recall_at_1",
+        "map_at_r",
+        "eer",
+        "" if pairs is None or place is None else f"tar_at_{pairs['far'][place]:g}",
+        *(("detection_rate", "observed_fpir") if trial else ("knn_accuracy",)),
     ]
-    pairs = figures.get("verification")
-    if pairs:
-        tiles.append(_tile(pairs["eer"], "equal error rate", pairs["intervals"].get("eer")))
-        place = _shown_far(pairs)
-        if place is not None:
-            name = f"tar_at_{pairs['far'][place]:g}"
-            tiles.append(
-                _tile(pairs["tar"][place], f"TAR at FAR {pairs['far'][place]:g}", pairs["intervals"].get(name))
-            )
-    trial = figures.get("open_set")
-    if trial:
-        tiles.append(_tile(trial["detection_rate"], "enrolled named right", trial["intervals"]["detection_rate"]))
-        if trial["observed_fpir"] is not None:
-            tiles.append(_tile(trial["observed_fpir"], "strangers let in", trial["intervals"]["observed_fpir"]))
-    else:
-        tiles.append(
-            _tile(figures["knn_accuracy"], f"k-NN accuracy, k = {figures['knn_k']}", ranges.get("knn_accuracy"))
-        )
+    tiles = []
+    for key, name, values, _ in _summary_rows(found):
+        if key not in wanted or values[0][0] is None:
+            continue
+        row = comparison["figures"].get(key) if comparison else None
+        if row is None:
+            shown, under = _percent(values[0][0]), _range(values[0][1])
+        else:
+            shown = f"{100 * row['first']:.1f} / {_percent(row['second'])}"
+            under = f"difference {_points_range(row['interval'])}" if row["interval"] else ""
+        tiles.append(tag("div", tag("b", shown), tag("span", name), _small(under), class_="figure"))
+    told = f"95% intervals over {figures['identities']:,} identities, {_mode(found[0])}"
     return joined(
         tag("div", tiles, class_="figures"),
         tag(
             "p",
-            f"With 95% intervals over {figures['identities']:,} identities, {_mode(first)}; how each is measured "
-            "stands in the summary.",
+            f"{comparison['first']} / {comparison['second']}, with the paired interval of the difference in points; "
+            if comparison
+            else "",
+            f"{told}; how each is measured stands in the summary.",
             class_="quiet note",
         ),
     )
+
+
+def _points_range(interval: Sequence[float]) -> str:
+    return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
 
 
 def _shown_far(pairs: Mapping[str, Any]) -> int | None:
@@ -237,7 +236,7 @@ def _difference(row: Mapping[str, Any] | None) -> Html:
     if row is None:
         return tag("td", "-", class_="number")
     interval = row["interval"]
-    shown = "" if interval is None else f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
+    shown = "" if interval is None else _points_range(interval)
     badge = tag("span", f"{row['better']} is better", class_="badge good") if row["better"] else None
     return tag("td", f"{100 * row['difference']:+.1f}", _small(shown), badge, class_="number")
 
@@ -432,7 +431,7 @@ def _verification(found: Sequence[Evaluation], seen: int) -> Html:
         recall.append(Line(name, [(t, p) for t, p in steps if p == p], tone, dashed))
     report = shown[0][2].report
     sample = shown[0][2].pairs
-    far_axis = Axis("false accept rate", percent=True, log=True)
+    far_axis = Axis("false accept rate", log=True)
     charts = [
         line_chart(
             roc,
@@ -444,7 +443,7 @@ def _verification(found: Sequence[Evaluation], seen: int) -> Html:
         line_chart(
             det,
             x=far_axis,
-            y=Axis("DET: genuine pairs rejected", percent=True, log=True),
+            y=Axis("DET: share of genuine pairs rejected", log=True),
             narrow=True,
             description=f"DET curve, equal error rate {report.eer:.2%}",
         ),
@@ -498,7 +497,8 @@ def _distributions(
 ) -> list[Line]:
     """Two histograms over one scale, each with an area of one."""
     low, high = (float(edge) for edge in (min(first.min(), second.min()), max(first.max(), second.max())))
-    edges = np.linspace(low, max(high, low + 1e-6), BINS + 1)
+    bins = int(np.clip(2 * min(len(first), len(second)) ** (1 / 3), 10, BINS))  # Rice's rule
+    edges = np.linspace(low, max(high, low + 1e-6), bins + 1)
     middles = (edges[1:] + edges[:-1]) / 2
     lines = []
     for values, name, tone in zip((first, second), names, tones, strict=True):

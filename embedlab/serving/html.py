@@ -17,6 +17,7 @@ from typing import Any
 VOID = frozenset({"br", "img", "input", "meta"})
 WIDTH, HEIGHT = 640, 300  # units of a chart
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 16, 56  # margins of its frame
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class Html(str):
@@ -172,7 +173,7 @@ class Axis:
 
     Args:
         title: Beside it.
-        percent: Whether values are shares, shown as percent.
+        percent: Whether values are shares, shown as percent; not with `log`.
         log: Powers of ten instead of even steps; values that are not above 0 are left out.
         low: Where it starts at the latest; None starts at the lowest value.
         exact: Starts and ends with the values instead of on round numbers.
@@ -196,8 +197,8 @@ class _Scale:
             positive = [value for value in values if value > 0] or [0.1]
             self.low = float(math.floor(math.log10(min(positive)) + 1e-9))
             self.high = max(self.low + 1, float(math.ceil(math.log10(max(positive)) - 1e-9)))
-            every = max(1, round((self.high - self.low) / 6))
-            self.steps = [10.0**power for power in range(int(self.low), int(self.high) + 1, every)]
+            every = math.ceil((self.high - self.low) / 5)
+            self.steps = [10.0**power for power in range(int(self.high), int(self.low) - 1, -every)]
         else:
             lowest = min(values) if axis.low is None else min(axis.low, *values)
             self.low, self.high, self.steps = nice_scale(lowest, max(values))
@@ -213,7 +214,11 @@ class _Scale:
         return (place - self.low) / (self.high - self.low)
 
     def label(self, step: float) -> str:
-        return _tick(step, self.axis.percent) if self.axis.values else ""
+        if not self.axis.values:
+            return ""
+        if self.axis.log:
+            return "1" if step == 1 else "10" + str(round(math.log10(step))).translate(_RAISED)
+        return _tick(step, self.axis.percent)
 
 
 def line_chart(
