@@ -37,6 +37,85 @@ def test_retrieval_report_equals_pytorch_metric_learning():
         assert got[ours] == pytest.approx(want[theirs], abs=1e-6)
 
 
+@pytest.mark.parametrize("sides", ["leave-one-out", "reference"])
+def test_retrieval_equals_torchmetrics(sides):
+    """Query by query; both sides see float64 cosines of vectors without ties."""
+    random = np.random.default_rng(3)
+    labels = random.integers(0, 6, 60)
+    vectors = random.standard_normal((6, 8))[labels] + random.standard_normal((60, 8))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    if sides == "reference":
+        given = (vectors[:20], labels[:20], vectors[20:], labels[20:])
+        scores, match = unit[:20] @ unit[20:].T, labels[:20, None] == labels[20:]
+    else:
+        given = (vectors, labels)
+        apart = ~np.eye(60, dtype=bool)
+        scores, match = ((unit @ unit.T)[apart].reshape(60, 59), (labels[:, None] == labels)[apart].reshape(60, 59))
+    scores = scores + 2  # torchmetrics takes scores that are not above 0 for misses
+    theirs = torchmetrics.functional.retrieval
+    pairs = [
+        (theirs.retrieval_hit_rate, metrics.recall_at_k, {"top_k": 3}, {"k": 3}),
+        (theirs.retrieval_precision, metrics.precision_at_k, {"top_k": 4}, {"k": 4}),
+        (theirs.retrieval_r_precision, metrics.r_precision, {}, {}),
+        (theirs.retrieval_average_precision, metrics.mean_average_precision, {}, {}),
+        (theirs.retrieval_reciprocal_rank, metrics.mean_reciprocal_rank, {}, {}),
+        (theirs.retrieval_normalized_dcg, metrics.ndcg_at_k, {"top_k": 5}, {"k": 5}),
+    ]
+    for their, our, their_options, our_options in pairs:
+        rows = zip(torch.from_numpy(scores).float(), torch.from_numpy(match), strict=True)
+        want = np.mean([their(score, truth, **their_options).item() for score, truth in rows])
+        assert our(*given, **our_options) == pytest.approx(want, abs=1e-6), our.__name__
+    curve = [
+        np.mean(
+            [
+                theirs.retrieval_hit_rate(score, truth, top_k=rank).item()
+                for score, truth in zip(torch.from_numpy(scores).float(), torch.from_numpy(match), strict=True)
+            ]
+        )
+        for rank in range(1, 7)
+    ]
+    np.testing.assert_allclose(metrics.cmc(*given, k=6), curve, atol=1e-6)
+
+
+@pytest.mark.parametrize("empty", ["skip", "zero"])
+def test_cmc_of_a_reference_leaves_out_groups(empty):
+    random = np.random.default_rng(4)
+    vectors, labels, groups = random.standard_normal((50, 5)), random.integers(0, 6, 50), random.integers(0, 4, 50)
+    sides = [slice(0, 20), slice(20, 50)]
+    labels[0] = 9  # has no match
+    rankings = naive.naive_rankings(*(vectors[side] for side in sides), *(groups[side] for side in sides))
+    hits = naive.naive_hits(rankings, *(labels[side] for side in sides))
+    counted = [one for one in hits if any(one) or empty == "zero"]
+    want = [np.mean([naive.naive_recall_at_k(one, rank) for one in counted]) for rank in range(1, 9)]
+    given = [part for side in sides for part in (vectors[side], labels[side])]
+    pair = tuple(groups[side] for side in sides)
+    np.testing.assert_allclose(metrics.cmc(*given, k=8, empty=empty, groups=pair), want, atol=1e-12)
+    with pytest.raises(ValueError, match="1 of 20 queries have no match to find"):
+        metrics.cmc(*given, k=8, empty="error", groups=pair)
+
+
+def test_several_labels_are_decisions_of_their_own():
+    random = np.random.default_rng(5)
+    target, probability = random.random((80, 5)) < 0.3, random.random((80, 5))
+    prediction = probability > 0.6
+    matrix = metrics.multilabel_confusion_matrix(prediction, torch.from_numpy(target))
+    assert matrix.tolist() == sklearn.metrics.multilabel_confusion_matrix(target, prediction).tolist()
+    want = torchmetrics.functional.classification.binary_calibration_error(
+        torch.from_numpy(probability.ravel()), torch.from_numpy(target.ravel()).long(), n_bins=10
+    )
+    got = metrics.calibration_error(probability.ravel(), target.ravel().astype(int), bins=10)
+    assert got == pytest.approx(want.item(), abs=1e-6)
+    with pytest.raises(ValueError, match=r"prediction of shape \(80, 4\) for a target of \(80, 5\)"):
+        metrics.multilabel_confusion_matrix(prediction[:, :4], target)
+
+
+def test_f1_is_dice_of_pixels():
+    random = np.random.default_rng(6)
+    target, prediction = random.integers(0, 2, (2, 400))
+    report = metrics.classification_report(prediction, target)
+    assert report["f1"] == pytest.approx(metrics.dice(prediction, target, classes=2, per_class=True)[1])
+
+
 @pytest.mark.parametrize("kind", SCORES)
 def test_curves_equal_scikit_learn(kind):
     scores = SCORES[kind]

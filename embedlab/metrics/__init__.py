@@ -6,7 +6,8 @@ retrieval       recall_at_k, precision_at_k, r_precision, map_at_r, mean_average
 verification    roc_auc, eer, tar_at_far, average_precision, roc_curve, det_curve, best_accuracy;
                 over all pairs of a set: verification_report
 open set        fpir_fnir, open_set_curve, detection_identification_rate, unknown_auroc, oscr, leave_identity_out
-classification  classification_report, multilabel_report, confusion_matrix, calibration_error, best_threshold;
+classification  classification_report, multilabel_report, confusion_matrix, multilabel_confusion_matrix,
+                calibration_error, best_threshold;
                 in a hierarchy of classes: hierarchical_report, hierarchical_distance
 segmentation    pixel_accuracy, mean_pixel_accuracy, mean_iou, dice, ods, ois
 clustering      clustering_report by k-means, normalized_mutual_information, adjusted_rand_index
@@ -22,6 +23,7 @@ from embedlab.metrics.classification import (
     calibration_error,
     classification_report,
     confusion_matrix,
+    multilabel_confusion_matrix,
     multilabel_report,
 )
 from embedlab.metrics.clustering import adjusted_rand_index, clustering_report, normalized_mutual_information
@@ -115,6 +117,7 @@ __all__ = [
     "mean_iou",
     "mean_pixel_accuracy",
     "mean_reciprocal_rank",
+    "multilabel_confusion_matrix",
     "multilabel_report",
     "ndcg_at_k",
     "nearest_neighbours",

@@ -203,6 +203,30 @@ def best_threshold(scores: Any, positive: Any, *, beta: float = 1.0) -> float:
     return float(levels[best] / 2 + below / 2)
 
 
+def multilabel_confusion_matrix(prediction: Any, target: Any) -> Integers:
+    """Count right and wrong decisions for each label of its own.
+
+    Args:
+        prediction: (N, C) booleans or 0 and 1, NumPy or torch.
+        target: (N, C) the truth.
+
+    Returns:
+        (C, 2, 2) counts, row = truth, column = prediction, no before yes: [[TN, FP], [FN, TP]] of each label.
+
+    Raises:
+        ValueError: Shapes that do not fit, or other values than 0 and 1.
+
+    Example:
+        >>> multilabel_confusion_matrix([[1, 0], [1, 1], [0, 0]], [[1, 0], [0, 1], [0, 0]]).tolist()
+        [[[1, 1], [0, 1]], [[2, 0], [0, 1]]]
+    """
+    truth, guess = _decisions(target, "target"), _decisions(prediction, "prediction")
+    if guess.shape != truth.shape:
+        raise ValueError(f"prediction of shape {guess.shape} for a target of {truth.shape}; both are (N, C).")
+    counts = [[(a & b).sum(axis=0) for b in (~guess, guess)] for a in (~truth, truth)]
+    return np.array(counts, dtype=np.int64).transpose(2, 0, 1)
+
+
 def calibration_error(probabilities: Any, target: Any, *, bins: int = 15, norm: Norm = "l1") -> float:
     """Expected calibration error, Guo et al. 2017, eq. 3 (https://arxiv.org/abs/1706.04599).
 
@@ -212,7 +236,8 @@ def calibration_error(probabilities: Any, target: Any, *, bins: int = 15, norm: 
     Args:
         probabilities: (N,) of the positive class, or (N, C) of all classes; then the confidence is that of the largest.
             In [0, 1], rows of (N, C) adding up to 1: nothing here applies a sigmoid or softmax.
-        target: (N,) 0 and 1, or class numbers 0 to C - 1.
+        target: (N,) 0 and 1, or class numbers 0 to C - 1. Where a sample may have several labels each is a decision of
+            its own: give probabilities and truth of all of them, flattened.
         bins: How many, of width 1 / bins; a confidence on an edge belongs to the upper bin, 1 to the last.
         norm: "l1" is the expected error, "l2" the root of the mean square gap, "max" the largest gap.
 
