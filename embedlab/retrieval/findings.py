@@ -98,22 +98,25 @@ class Example:
 def class_figures(found: Evaluation) -> list[ClassFigures]:
     """Every class of the queries, those with most mistakes first."""
     names, codes = np.unique(np.array(found.labels, dtype=object), return_inverse=True)
-    templates = Counter(found.searched_labels)
+    queries, templates = np.bincount(codes), Counter(found.searched_labels)
     counted = ~np.isnan(found.per_query["recall_at_1"])
+    sizes = np.bincount(codes[counted], minlength=len(names))
+    means = {
+        key: np.bincount(codes[counted], weights=found.per_query[key][counted], minlength=len(names))
+        / np.where(sizes > 0, sizes, np.nan)
+        for key in ("recall_at_1", "recall_at_5", "map_at_r")
+    }
     mistaken: dict[str, Counter[str]] = {}
     for row in np.flatnonzero(found.per_query["recall_at_1"] == 0).tolist():
         mistaken.setdefault(found.labels[row], Counter())[found.searched_labels[int(found.nearest[row, 0])]] += 1
     rows = []
     for code, name in enumerate(names.tolist()):
-        mine = codes == code
-        taken_for, times = min(
-            mistaken.get(name, Counter()).items(), key=lambda one: (-one[1], one[0]), default=(None, 0)
+        taken = mistaken.get(name, Counter())
+        taken_for, times = min(taken.items(), key=lambda one: (-one[1], one[0]), default=(None, 0))
+        figures = {key: float(values[code]) if sizes[code] else None for key, values in means.items()}
+        rows.append(
+            ClassFigures(name, int(queries[code]), templates[name], **figures, taken_for=taken_for, times=times)
         )
-        figures = {
-            key: float(found.per_query[key][mine & counted].mean()) if (mine & counted).any() else None
-            for key in ("recall_at_1", "recall_at_5", "map_at_r")
-        }
-        rows.append(ClassFigures(name, int(mine.sum()), templates[name], **figures, taken_for=taken_for, times=times))
     return sorted(rows, key=lambda row: (2.0 if row.recall_at_1 is None else row.recall_at_1, row.label))
 
 
@@ -198,12 +201,14 @@ def examples(found: Evaluation, *, each: int = 6, seed: int = 0) -> dict[str, li
 def nearest_of_class(found: Evaluation, rows: Ids) -> tuple[Ids, Floats]:
     """For some queries, each with a match, the nearest row of their own class, and its cosine."""
     place, cosine = np.full(len(rows), -1, dtype=np.int64), np.full(len(rows), -np.inf)
-    searched = np.array(found.searched_labels, dtype=object)
+    names, codes = np.unique(np.array(found.searched_labels, dtype=object), return_inverse=True)
+    parts = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
+    members_of = dict(zip(names.tolist(), parts, strict=True))
     asking: dict[str, list[int]] = {}
     for number, row in enumerate(rows.tolist()):
         asking.setdefault(found.labels[row], []).append(number)
     for label, numbers in asking.items():
-        members = np.flatnonzero(searched == label)
+        members = members_of[label]
         mine = rows[numbers]
         unit = [_unit(side.embeddings.vectors[part]) for side, part in ((found.query, mine), (found.searched, members))]
         scores = unit[0] @ unit[1].T
