@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -296,6 +297,28 @@ def test_a_gallery_moves_as_it_is_or_with_another_encoder(door, images, tmp_path
     with pytest.raises(ValueError, match="moved is already a gallery"):
         migrate(door, to=tmp_path / "moved", old_embedder=OLD)
     assert not list(tmp_path.glob("*.migrating"))
+
+
+@pytest.mark.skipif(find_spec("milvus_lite") is None, reason="MILVUS LITE ABSENT: pip install 'embedlab[milvus]'")
+@pytest.mark.filterwarnings("ignore")
+def test_a_gallery_moves_to_milvus_with_ids_requests_and_threshold(door, images, tmp_path, caplog):
+    before = unchanged(door)
+    place = f"milvus:{tmp_path / 'door.db'}"
+    report = migrate(door, to=place, old_embedder=OLD)
+    assert "thumbnails of" in caplog.text
+    assert (report.gallery, report.switched, report.templates) == (place, False, len(before[0]))
+    with Gallery.open(place, OLD) as gallery, Gallery.open(door, OLD, read_only=True) as old:
+        assert {key: row[:2] for key, row in held(gallery).items()} == {key: row[:2] for key, row in before[0].items()}
+        assert gallery.calibration == before[1]
+        people = images["people"]
+        asked = people.names[SHOTS:]  # the first person is enrolled twice
+        for got, want in zip(gallery.identify(asked), old.identify(asked), strict=True):
+            assert (got.label, round(got.score, 4)) == (want.label, round(want.score, 4))
+        again = gallery.enroll(people.names, labels=people.labels, key="first")
+        assert again.tolist() == list(range(1, PEOPLE * SHOTS + 1))
+        assert gallery.enroll(people.names[0], labels="x").tolist() == [PEOPLE * SHOTS + 3]
+    assert unchanged(door) == before
+    assert not (tmp_path / "door.migrating").exists()
 
 
 # ---- cut off -------------------------------------------------------------------------------------------------------

@@ -181,6 +181,11 @@ class FolderGallery(Gallery):
                 publish(lambda: now.appended(Contents(meta, ids, names, notes, vectors, 0)))
         return ids
 
+    def _succeed(self, last_id: int, requests: list[tuple[str, int, int, bytes]]) -> None:
+        with self._changing() as (meta, now, publish):
+            self._store.succeed(meta, last_id, requests)
+            publish(lambda: now.described(meta))
+
     def _take_out(
         self, wanted: list[Any], kind: Literal["label", "id"], *, purge: bool, request: Request | None
     ) -> int:

@@ -909,6 +909,10 @@ class Gallery(ABC):
         """Enroll what has been checked, unless its key is known."""
 
     @abstractmethod
+    def _succeed(self, last_id: int, requests: list[tuple[str, int, int, bytes]]) -> None:
+        """Know another gallery's requests (key, first id, templates, content) and give out ids after its last."""
+
+    @abstractmethod
     def _take_out(
         self, wanted: list[Any], kind: Literal["label", "id"], *, purge: bool, request: Request | None
     ) -> int:

@@ -234,7 +234,8 @@ def migrate(
     Args:
         folder: Of the gallery.
         embedder: As in `Gallery.create`. None moves the gallery as it is, vectors and calibration, which takes `to`.
-        to: Another place for the new gallery, such as a folder that is not there; the old one then stays where it is.
+        to: Another place for the new gallery: a folder that is not there, or an address of Milvus, where there are no
+            thumbnails. The old one then stays where it is.
         recalibration: Strangers that set the new threshold. Without it a gallery that was calibrated is refused, unless
             by leave-identity-out, which is repeated.
         probes: Images to compare both galleries on: paths or a `Source`, of which labels that are enrolled count as
@@ -517,15 +518,17 @@ def _begun(work: _Work, old: FolderGallery, contents: Contents, made: Embedder |
         with suppress(GalleryError):  # not made yet
             return Gallery.open(place, own)
     search = meta.search
+    if not work.in_folder and meta.thumbnails:
+        logger.warning("The thumbnails of %s stay behind: %s keeps no pictures.", old.address, place)
     return Gallery.create(
         place,
         own,
         dim=None if own is not None else meta.dim,
         fusion=meta.settings["fusion"],
         vote_k=meta.settings["vote_k"],
-        search=search["kind"],
+        search=search["kind"] if work.in_folder else "auto",
         search_recall=search["recall"],
-        thumbnails=meta.thumbnails,
+        thumbnails=meta.thumbnails and work.in_folder,
     )
 
 
@@ -566,10 +569,9 @@ def _fill(
             part = np.delete(part, list(bad))
             if len(part):
                 _carry_over(old, new, contents, part, vectors, [str(paths[row]) for row in part])
-    if isinstance(new, FolderGallery):
-        with new._changing() as (meta, now, publish):
-            new._store.succeed(meta, old._store)
-            publish(lambda: now.described(meta))
+    with old._mutex:
+        requests = old._store.requests()
+    new._succeed(contents.meta.last_id, requests)
     # what a run before could not read is not asked for again
     absent = set(contents.ids[rows].tolist()) - set(new.embeddings().ids.tolist()) - {one.id for one in lost}
     return lost + [
@@ -620,7 +622,7 @@ def _carry_over(
             vectors,
             None,
             b"",
-            [small.get(key) for key in ids.tolist()] if small else [],
+            [small.get(key) for key in ids.tolist()] if small and new._about().thumbnails else [],
             references_of(new._embedder, paths) if first and new._embedder is not None else [],
             ids,
         )
@@ -689,8 +691,8 @@ def _compared_stored(old: Gallery, new: Gallery, contents: Contents) -> list[Com
     ids = contents.ids[rows]
     stored = new.embeddings()
     there = {key: place for place, key in enumerate(stored.ids.tolist())}
-    if len(there) < len(kept) or len(kept) < 2:
-        return []  # a place that gives out ids of its own
+    if len(kept) < 2:
+        return []
     labels = [contents.labels[row] for row in rows]
     sides = [
         _nearest_other(old, contents.vectors[rows], ids),
@@ -762,23 +764,21 @@ def _mean(scores: np.ndarray[Any, Any]) -> float:
 
 def _verify(old: FolderGallery, new: Gallery, contents: Contents, dropped: Sequence[Dropped]) -> None:
     """Raise unless the new gallery holds exactly what the old one held, but for the vectors."""
-    problems: list[str] = []
+    keep = ~np.isin(contents.ids, [one.id for one in dropped])
+    kept = np.flatnonzero(keep).tolist()
+    stored, notes = new.embeddings(), new.metadata()
+    same = (
+        np.array_equal(stored.ids, contents.ids[keep])
+        and stored.labels == [contents.labels[row] for row in kept]
+        and [notes[key] for key in stored.ids.tolist()] == [json.loads(contents.metadata[row] or "{}") for row in kept]
+    )
+    problems = [] if same else ["its templates are not those of the old gallery"]
     if isinstance(new, FolderGallery):
         problems += new.check().problems
-        with new._mutex:
-            after = new._store.load()
-        keep = ~np.isin(contents.ids, [one.id for one in dropped])
-        kept = np.flatnonzero(keep).tolist()
-        same = (
-            np.array_equal(after.ids, contents.ids[keep])
-            and after.labels == [contents.labels[row] for row in kept]
-            and after.metadata == [contents.metadata[row] for row in kept]
-            and new._store.thumbnails(after.ids.tolist()) == old._store.thumbnails(after.ids.tolist())
-            and after.meta.last_id == contents.meta.last_id
-        )
-        problems += [] if same else ["its templates are not those of the old gallery"]
-    elif len(new) != len(contents.ids) - len(dropped):
-        problems.append(f"it holds {len(new)} templates instead of {len(contents.ids) - len(dropped)}")
+        with old._mutex, new._mutex:
+            ids = stored.ids.tolist()
+            if new._store.thumbnails(ids) != old._store.thumbnails(ids):
+                problems.append("its thumbnails are not those of the old gallery")
     if problems:
         raise GalleryError(
             f"The new gallery {new.address} is not whole: {'; '.join(problems)}. The old one is as it was; delete the "

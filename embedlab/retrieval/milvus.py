@@ -452,11 +452,12 @@ class MilvusGallery(Gallery):
             if facts.dim is None:
                 self._store.make_templates(vectors.shape[1])
                 facts.dim = vectors.shape[1]
-            first, last = facts.next_id, facts.next_id + len(names) - 1
+            ids = np.arange(facts.next_id, facts.next_id + len(names)) if wanted.ids is None else wanted.ids
+            assert ids[0] >= facts.next_id, "an id is never given out twice"
+            first, last = int(ids[0]), int(ids[-1])
             request = None if wanted.key is None else _request_name(wanted.key)
             facts.next_id, facts.pending = last + 1, {"enroll": [first, last], "request": request}
             self._store.commit(facts)
-            ids = np.arange(first, last + 1, dtype=np.int64)
             self._store.insert(ids, names, wanted.notes, vectors)
             if request is not None:
                 self._store.write(request, [first, len(names), wanted.content.hex()])
@@ -474,6 +475,13 @@ class MilvusGallery(Gallery):
         if found is None or (found[0] and found[0] + found[1] - 1 > self._store.read("Strong").last_id):
             return None  # an enrollment that does not count yet
         return found[0], found[1], bytes.fromhex(found[2])
+
+    def _succeed(self, last_id: int, requests: list[tuple[str, int, int, bytes]]) -> None:
+        with self._turn() as facts:
+            for key, first, templates, content in requests:
+                self._store.write(_request_name(key), [first, templates, content.hex()])
+            facts.next_id, facts.last_id = max(facts.next_id, last_id + 1), max(facts.last_id, last_id)
+            self._store.commit(facts)
 
     def _take_out(
         self, wanted: list[Any], kind: Literal["label", "id"], *, purge: bool, request: Request | None

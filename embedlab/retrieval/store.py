@@ -400,12 +400,14 @@ class Store:
         rows = self._side_rows("request", key)
         return None if not rows else rows[0][1:]
 
-    def succeed(self, meta: Meta, before: Store) -> None:
-        """Know the requests of another gallery and give out ids after its last, inside `writing`."""
-        known = {row[0] for row in self._side_rows("request")}
-        new = [row for row in before._side_rows("request") if row[0] not in known]
-        _insert(self._connection, meta, "request", [(key.decode(), *rest) for key, *rest in new])
-        meta.last_id = max(meta.last_id, before.opened.last_id)
+    def requests(self) -> list[tuple[str, int, int, bytes]]:
+        """All idempotency keys with first id, number of templates and content digest."""
+        return [(key.decode(), *rest) for key, *rest in self._side_rows("request")]
+
+    def succeed(self, meta: Meta, last_id: int, requests: Iterable[tuple[str, int, int, bytes]]) -> None:
+        """Know requests of another gallery and give out ids after its last, inside `writing`."""
+        _insert(self._connection, meta, "request", [row for row in requests if self.recall(row[0]) is None])
+        meta.last_id = max(meta.last_id, last_id)
         self._connection.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'item'", (meta.last_id,))
 
     def write_thumbnails(self, meta: Meta, thumbnails: dict[int, bytes]) -> None:
