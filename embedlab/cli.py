@@ -607,10 +607,12 @@ def _evaluate(options: argparse.Namespace) -> Result:
         path.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after the work
     started = time.perf_counter()
     found = [evaluate(subject, _plan(options, path)) for subject, path in _subjects(options)]
+    if options.degradations:
+        found = _degraded(options, found)
     compared = comparison.compare(*found) if options.compare else None
     text = to_text(found) + (f"\n\n{comparison.to_text(compared)}" if compared else "")
     if options.degradations:
-        text += f"\n\n{_degraded(options, found)}"
+        text += f"\n\n{_degraded_text(options, found)}"
     result: Result = {
         "results": {one.name: one.figures for one in found},
         "details": {one.name: findings.to_dict(one) for one in found},
@@ -653,24 +655,27 @@ def _plan(options: argparse.Namespace, path: str) -> Plan:
     )
 
 
-def _degraded(options: argparse.Namespace, found: list[Evaluation]) -> str:
-    """Measure again under bad conditions; the figures go to the others, the tables come back."""
-    from embedlab.retrieval.robustness import degraded_figures, robustness_text
+def _degraded(options: argparse.Namespace, found: list[Evaluation]) -> list[Evaluation]:
+    """Measure again under bad conditions."""
+    from embedlab.retrieval.robustness import with_degradations
 
-    plan = found[0].plan
-    for one in found:
-        one.figures["degraded"] = degraded_figures(one, one.plan, _reading_options(options))
+    return [with_degradations(one, _reading_options(options)) for one in found]
+
+
+def _degraded_text(options: argparse.Namespace, found: list[Evaluation]) -> str:
+    """Tables of it, and the pictures where they are asked for."""
+    from embedlab.retrieval.robustness import robustness_text
+
     text = robustness_text(found)
     if options.pictures:
         from embedlab.serving.pictures import draw_degradation_sheet, draw_robustness
 
         options.pictures.mkdir(parents=True, exist_ok=True)
-        draw_robustness(
-            options.pictures / "robustness.png", {one.subject.name: one.figures["degraded"] for one in found}
-        )
+        draw_robustness(options.pictures / "robustness.png", {one.name: one.figures["degraded"] for one in found})
+        plan = found[0].plan
         draw_degradation_sheet(
             options.pictures / "degradations.png",
-            _source(options.path, options.select),
+            _source(plan.path, options.select),
             found[0].subject.encoder,  # type: ignore[arg-type]
             names=plan.degradations,
             severities=plan.severities,

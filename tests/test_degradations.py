@@ -273,7 +273,8 @@ def test_without_degradation_the_figures_are_those_of_the_plain_evaluation() -> 
     """Leave-one-out in its two forms, with a reference, and the open-set trial."""
     clean, searched = embeddings(), embeddings(60, seed=1)
     for reference in (None, searched):
-        report = evaluate_robustness(clean, {("blur", 1): clean}, reference, strangers(), fpir=0.06)
+        report, per_query = evaluate_robustness(clean, {("blur", 1): clean}, reference, strangers(), fpir=0.06)
+        assert per_query["all"]["recall_at_1"].mean() == pytest.approx(report["rows"][0]["recall_at_1"])
         first, second = report["rows"]
         plain = evaluate_retrieval(clean, reference)
         trial = evaluate_open_set(clean, strangers(), reference, fpir=0.06)
@@ -290,7 +291,7 @@ def test_without_degradation_the_figures_are_those_of_the_plain_evaluation() -> 
 
 def test_leave_one_out_searches_the_clean_others() -> None:
     clean, worse = embeddings(), embeddings(noise=1.5, seed=2)
-    row = evaluate_robustness(clean, {("blur", 2): worse})["rows"][1]
+    row = evaluate_robustness(clean, {("blur", 2): worse})[0]["rows"][1]
     recall, votes = naive_matches_of_others(worse.vectors, clean.vectors, clean.labels, knn_k=20)
     assert row["recall_at_1"] == pytest.approx(recall)
     assert row["knn_accuracy"] == pytest.approx(votes)
@@ -306,7 +307,7 @@ def test_rows_that_are_to_be_the_same_are_as_many() -> None:
 def test_means_are_over_severities_and_kinds() -> None:
     clean = embeddings()
     degraded = {(kind, level): embeddings(noise=level, seed=level) for kind in ("blur", "rain") for level in (1, 2)}
-    report = evaluate_robustness(clean, degraded, None, strangers(), fpir=0.06)
+    report, _ = evaluate_robustness(clean, degraded, None, strangers(), fpir=0.06)
     rows = {(row["degradation"], row["severity"]): row for row in report["rows"]}
     assert list(rows) == [CLEAN, *degraded]
     for name, members in {"blur": [("blur", 1), ("blur", 2)], "all": list(degraded)}.items():
@@ -368,6 +369,27 @@ def test_the_command_measures_tells_and_draws(made, tmp_path, capsys) -> None:
     assert document["protocol"]["degradations"] == ["noise", "occlusion"]
 
 
+def test_two_encoders_are_compared_under_bad_conditions_and_the_report_shows_them(made, tmp_path, capsys) -> None:
+    root, folder = made
+    torch.manual_seed(5)
+    other = tmp_path / "other"
+    Encoder(ResNet("resnet8", stem="small", width=0.125), image_size=16).eval().save(other)
+    command = ["evaluate", str(root), "--compare", str(folder), str(other), "--degradations", "noise", "occlusion"]
+    report = tmp_path / "report.html"
+    assert main([*command, "--severities", "2", "5", "--report", str(report), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    first, second = (document["results"][document["comparison"][side]]["degraded"] for side in ("first", "second"))
+    for kind in ("noise", "occlusion", "all"):
+        told = document["comparison"]["figures"][f"recall_at_1 degraded, {kind}"]
+        assert told["first"] == pytest.approx(first["means"][kind]["recall_at_1"])
+        assert told["second"] == pytest.approx(second["means"][kind]["recall_at_1"])
+        low, high = told["interval"]
+        assert low <= told["difference"] <= high
+    text = report.read_text()
+    assert "Mean recall@1" in text
+    assert f"{first['means']['occlusion']['recall_at_1']:.1%} (" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -392,7 +414,7 @@ def test_vectors_cannot_be_degraded(tmp_path, capsys) -> None:
 
 def test_the_picture_shows_every_figure(tmp_path) -> None:
     degraded = {("blur", 1): embeddings(noise=1.0), ("haze", 1): embeddings(noise=1.4)}
-    report = evaluate_robustness(embeddings(), degraded, None, strangers(), fpir=0.06)
+    report, _ = evaluate_robustness(embeddings(), degraded, None, strangers(), fpir=0.06)
     draw_robustness(tmp_path / "all.svg", {"ours": report, "theirs": report})
     text = (tmp_path / "all.svg").read_text()
     for shown in ("ours", "theirs", "blur", "haze", "recall@1", "detection", "observed FPIR"):

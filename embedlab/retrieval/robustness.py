@@ -7,7 +7,8 @@ queries search all other pictures in their clean version, their own left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,7 +19,6 @@ from embedlab.data import Source, open_source
 from embedlab.retrieval.evaluation import (
     Evaluation,
     Floats,
-    Plan,
     intervals_of,
     retrieval_figures,
     table,
@@ -95,13 +95,16 @@ def embed_degraded(
     return {condition: Embeddings(found, clean.labels, clean.ids, clean.paths) for condition, found in vectors.items()}
 
 
-def degraded_figures(found: Evaluation, plan: Plan, how: ReadingOptions) -> dict[str, Any]:
-    """What a plan's degradations make of an evaluation, see `evaluate_robustness`.
+def with_degradations(found: Evaluation, how: ReadingOptions) -> Evaluation:
+    """An evaluation with what the degradations of its plan make of it, see `evaluate_robustness`.
+
+    `figures` gets `degraded`, and `per_query` each query's mean recall@1 over all conditions and over each kind's, so
+    that two encoders can be compared on them.
 
     Raises:
-        ValueError: Vectors without their images and encoder; an unknown kind or severity.
+        ValueError: Vectors without their images and encoder.
     """
-    encoder = found.subject.encoder
+    encoder, plan = found.subject.encoder, found.plan
     if encoder is None:
         raise ValueError(f"{plan.path} holds vectors; --degradations needs images to degrade, and --encoder.")
     clean = found.query.embeddings
@@ -115,7 +118,7 @@ def degraded_figures(found: Evaluation, plan: Plan, how: ReadingOptions) -> dict
         batch_size=how.batch_size,
         precision=how.precision,
     )
-    return evaluate_robustness(
+    report, per_query = evaluate_robustness(
         clean,
         degraded,
         None if found.reference is None else found.reference.embeddings,
@@ -125,6 +128,8 @@ def degraded_figures(found: Evaluation, plan: Plan, how: ReadingOptions) -> dict
         templates=plan.templates,
         seed=plan.seed,
     )
+    recalls = {f"recall_at_1 degraded, {name}": values["recall_at_1"] for name, values in per_query.items()}
+    return replace(found, figures={**found.figures, "degraded": report}, per_query={**found.per_query, **recalls})
 
 
 def evaluate_robustness(
@@ -137,8 +142,8 @@ def evaluate_robustness(
     fpir: float = 0.05,
     templates: int = 3,
     seed: int = 0,
-) -> dict[str, Any]:
-    """All figures of the evaluation for every kind and severity, and their means over severities.
+) -> tuple[dict[str, Any], dict[str, dict[str, Floats]]]:
+    """Retrieval and the open-set trial again for every kind and severity, and their means over severities.
 
     Args:
         clean: The queries in good conditions.
@@ -154,6 +159,7 @@ def evaluate_robustness(
         `rows`, the first one clean: `degradation`, `severity`, `strength`, `unit`, and the figures of
         `evaluate_retrieval`, with `open_set` those of `evaluate_open_set`. `means`: per kind, and over all kinds under
         "all", the mean over its severities; intervals are over identities here too, of each query's or identity's mean.
+        And by kind and "all" the retrieval figures' means of each query.
     """
     from embedlab.data.degradations import DEGRADATIONS
 
@@ -167,10 +173,11 @@ def evaluate_robustness(
         kind = DEGRADATIONS.get(name)
         strength = {"strength": kind.strengths[severity - 1], "unit": kind.unit} if kind else {}
         rows.append({"degradation": name, "severity": severity, **strength, **figures})
-    labels = np.asarray(clean.labels, dtype=object)
-    means = {
-        group: _mean([values[condition] for condition in members], labels)
-        for group, members in _groups(degraded).items()
+    per_query = _averaged(values, degraded)
+    means: dict[str, dict[str, Any]] = {
+        group: {name: float(np.nanmean(each)) for name, each in found.items()}
+        | {"intervals": intervals_of(found, clean.labels or [])}
+        for group, found in per_query.items()
     }
     if strangers is not None:
         gallery, probing = trial_roles(clean, strangers, reference, templates=templates, seed=seed)
@@ -180,36 +187,33 @@ def evaluate_robustness(
                 trial = evaluate_gallery(opened, take(query, probing))
                 rates[condition] = trial.probed.rates
                 row["open_set"] = trial_figures(trial, gallery, seed)
-        for group, members in _groups(degraded).items():
-            means[group]["open_set"] = _mean([rates[condition] for condition in members], None)
-    return {"rows": rows, "means": means}
+        for group, found in _averaged(rates, degraded).items():
+            means[group]["open_set"] = {name: float(each.mean()) for name, each in found.items()} | {
+                "intervals": {name: rate_interval(each) for name, each in found.items()}
+            }
+    return {"rows": rows, "means": means}, per_query
 
 
-def _groups(conditions: Mapping[Condition, Any]) -> dict[str, list[Condition]]:
-    """Conditions of each kind, and all of them."""
-    names = dict.fromkeys(name for name, _ in conditions)
-    groups = {name: [condition for condition in conditions if condition[0] == name] for name in names}
-    return {**groups, "all": list(conditions)}
-
-
-def _mean(values: Sequence[Mapping[str, Floats]], labels: np.ndarray[Any, Any] | None) -> dict[str, Any]:
-    """Means of figures whose values are per query (with labels), or per identity."""
-    result: dict[str, Any] = {"intervals": {}}
-    for name in values[0]:
-        each = np.mean([value[name] for value in values], axis=0)  # NaN where a query has no match in any condition
-        result[name] = float(np.nanmean(each))
-        if labels is None:
-            result["intervals"][name] = rate_interval(each)
-        else:
-            result["intervals"] |= intervals_of({name: each}, labels.tolist())
-    return result
+def _averaged(
+    values: Mapping[Condition, Mapping[str, Floats]], conditions: Iterable[Condition]
+) -> dict[str, dict[str, Floats]]:
+    """Each query's, or identity's, mean over the conditions of each kind, and over all."""
+    groups: dict[str, list[Condition]] = {}
+    for condition in conditions:
+        groups.setdefault(condition[0], []).append(condition)
+    groups["all"] = list(conditions)
+    return {
+        group: {
+            name: np.mean([values[member][name] for member in members], axis=0)  # NaN: a query without a match
+            for name in values[CLEAN]
+        }
+        for group, members in groups.items()
+    }
 
 
 def robustness_text(found: Sequence[Evaluation]) -> str:
     """Tables for a terminal: one for each subject and figure, kinds down, severities across, and their mean."""
-    return "\n\n".join(
-        f"--- {one.subject.name}, degraded queries ---\n{_tables(one.figures['degraded'])}" for one in found
-    )
+    return "\n\n".join(f"--- {one.name}, degraded queries ---\n{_tables(one.figures['degraded'])}" for one in found)
 
 
 def _tables(report: Mapping[str, Any]) -> str:
@@ -225,12 +229,9 @@ def _tables(report: Mapping[str, Any]) -> str:
             continue
         lines: dict[str, dict[str, Any]] = {}
         for name, mean in report["means"].items():
-            source = mean if figure in mean else mean["open_set"]
+            value, interval = mean_of(mean, figure)
             lines[name] = {str(severity): found.get((name, severity)) for severity in severities}
-            lines[name] |= {
-                "mean": source[figure],
-                "intervals": {"mean": source["intervals"].get(figure, (np.nan,) * 2)},
-            }
+            lines[name] |= {"mean": value, "intervals": {"mean": interval or (np.nan, np.nan)}}
         columns = [str(severity) for severity in severities] + ["mean"]
         parts.append(f"{title}, clean {found[CLEAN]:.3f}; by severity\n" + table(lines, columns))
     return "\n\n".join(parts)
@@ -240,3 +241,9 @@ def figure_of(row: Mapping[str, Any], name: str) -> float | None:
     """One figure of a row, of the retrieval or of the open-set trial."""
     value = row.get(name, row.get("open_set", {}).get(name))
     return None if value is None else float(value)
+
+
+def mean_of(mean: Mapping[str, Any], name: str) -> tuple[float | None, tuple[float, float] | None]:
+    """One figure of a mean, of the retrieval or of the open-set trial, and its interval."""
+    side = mean if name in mean else mean.get("open_set", {"intervals": {}})
+    return side.get(name), side["intervals"].get(name)

@@ -10,6 +10,7 @@ import numpy as np
 from embedlab.metrics import open_set_curve
 from embedlab.retrieval.evaluation import Evaluation
 from embedlab.retrieval.findings import class_figures
+from embedlab.retrieval.robustness import FIGURES, mean_of
 from embedlab.serving.evaluation_pictures import (
     CONFUSIONS,
     EXAMPLES,
@@ -637,16 +638,25 @@ def _degraded(found: Evaluation) -> Html:
         if row["severity"]:
             kinds.setdefault(row["degradation"], [(0, clean)]).append((row["severity"], row["recall_at_1"]))
     lines = [Line(name, sorted(points), *_tone_of(number)) for number, (name, points) in enumerate(kinds.items())]
+    means = {name.replace("_", " "): mean for name, mean in report["means"].items()}
+    shown = {figure: title for figure, title in FIGURES.items() if mean_of(means["all"], figure)[0] is not None}
+    rows = [(name, *(_mean_cell(*mean_of(mean, figure)) for figure in shown)) for name, mean in means.items()]
     return section(
         "Bad conditions",
         tag(
             "p",
-            f"Recall@1 where queries are degraded and what is searched stays clean, {_mode(found)}; 0 is clean.",
+            f"Recall@1 where queries are degraded and what is searched stays clean, {_mode(found)}; 0 is clean. The "
+            "table has means over the severities.",
             class_="quiet",
         ),
         line_chart(lines, x=Axis("severity", low=0.0), y=Axis("recall@1", percent=True, low=0.0)),
+        table([Column("Degradation"), *(Column(f"Mean {title}", number=True) for title in shown.values())], rows),
         name="degraded",
     )
+
+
+def _mean_cell(value: float | None, interval: Interval) -> str:
+    return _percent(value) + (f" ({_range(interval)})" if interval is not None else "")
 
 
 # ---- cost and protocol ---------------------------------------------------------------------------------------------
