@@ -613,6 +613,89 @@ def test_writers_take_turns(on_milvus):
         assert (len(gallery), gallery.info()["identities"]) == (36, 3)
 
 
+def test_a_question_that_a_change_overtakes_is_asked_again(on_milvus):
+    """An answer is of one generation: here a removal comes between the search and its answer."""
+    with Gallery.create(on_milvus(), dim=DIM) as writer, Gallery.open(on_milvus(), read_only=True) as reader:
+        writer.enroll(embeddings=ENROLLED[0], labels=ENROLLED[1])
+        real, calls = reader._store.search, []
+
+        def search(*arguments):
+            found = real(*arguments)
+            calls.append(len(found))
+            if len(calls) == 1:
+                writer.remove(["person 0", "person 1"])
+            return found
+
+        reader._store.search = search
+        answer = reader.search(embeddings=ENROLLED[0][:1], k=60)
+        assert sum(label is not None for label in answer.labels[0]) == 54
+        assert {"person 0", "person 1"}.isdisjoint(answer.labels[0])
+        assert calls == [1, 1]
+        assert (
+            reader.identify(embeddings=ENROLLED[0][:1])[0].best == writer.identify(embeddings=ENROLLED[0][:1])[0].best
+        )
+        assert len(calls) == 3  # nobody came between
+
+
+KILLED = """
+    import sys, numpy as np
+    from embedlab import Gallery
+    number, seed = 0, int(sys.argv[2])
+    with Gallery.open(sys.argv[1]) as gallery:
+        while True:
+            rows = np.random.default_rng([seed, number]).standard_normal((7, 16))
+            ids = gallery.enroll(embeddings=rows, labels=f"{seed}-{number}", key=f"{seed}/{number}")
+            print("enrolled", f"{seed}-{number}", ids[0], flush=True)
+            if number % 3 == 2:
+                gallery.remove(f"{seed}-{number - 1}")
+                print("removed", f"{seed}-{number - 1}", 0, flush=True)
+            number += 1
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", [pytest.param("lite", marks=NEEDS_LITE), "server"])
+def test_a_writer_that_is_killed_loses_nothing_acknowledged(kind, tmp_path, request):
+    """kill -9 at twenty random moments: what was acknowledged is there, and of the last change all or nothing."""
+    random, tag, kills = np.random.default_rng(0), uuid.uuid4().hex[:8], 20
+    where = f"milvus:{tmp_path / 'k.db'}" if kind == "lite" else f"{request.getfixturevalue('server')}/killed_{tag}"
+    Gallery.create(where, dim=16).close()
+    enrolled, removed, seen_ids, changes = set(), set(), set(), 0
+    for seed in range(kills):
+        arguments = [sys.executable, "-c", textwrap.dedent(KILLED), where, str(seed)]
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as writer:
+            said = [writer.stdout.readline()]
+            time.sleep(random.random() * 2)
+            writer.kill()
+            said += writer.stdout.read().splitlines()
+        for line in said:
+            verb, label, first = line.split()
+            (enrolled if verb == "enrolled" else removed).add(label)
+            changes += 1
+            if verb == "enrolled":
+                assert int(first) not in seen_ids
+                seen_ids.update(range(int(first), int(first) + 7))
+        with Gallery.open(where, read_only=True) as gallery:
+            counts = gallery.counts()
+            assert set(counts.values()) <= {7}
+            assert gallery.info()["identities"] == len(counts)
+            assert len(gallery) == 7 * len(counts)
+            mine = {label for label in counts if label.startswith(f"{seed}-")}
+            sure = {label for label in enrolled - removed if label.startswith(f"{seed}-")}
+            assert len(sure - mine) <= 1  # being removed when it was killed
+            assert len(mine - sure) <= 1  # being enrolled when it was killed
+            enrolled |= mine
+            removed |= sure - mine
+        with Gallery.open(where) as gallery:  # the next writer goes on
+            gallery.enroll(embeddings=np.eye(16)[:7], labels="again", key=f"again {seed}")
+            assert gallery.remove("again") == 7
+    with Gallery.open(where, read_only=True) as gallery:
+        assert set(gallery.counts()) == enrolled - removed
+    print(f"{kind}: {kills} kills, {changes} acknowledged changes, none lost")
+    if kind == "server":
+        drop(request.getfixturevalue("server"), tag)
+
+
 class Dead(RuntimeError):
     """What a killed writer would not even see."""
 

@@ -10,16 +10,16 @@ import hashlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import numpy as np
 
 from embedlab._types import Embeddings, Ids, Neighbours, Vectors
-from embedlab.retrieval.answers import CheckReport
+from embedlab.retrieval.answers import CheckReport, Identification, Verification
 from embedlab.retrieval.calibration import Calibration
 from embedlab.retrieval.cohort import Cohort
 from embedlab.retrieval.embedders import Embedder, as_embedder
@@ -41,8 +41,10 @@ from embedlab.retrieval.promise import templates_of
 from embedlab.retrieval.scoring import best_identity, claimed, in_chunks, nearest_identities, neighbours
 from embedlab.retrieval.store import About, GalleryError
 
+MOST_TRIES = 5  # of a question that others overtake with changes
 TABLE = 32_000_000  # scores held at once while templates stream by, 128 MB
 Hits = list[list[tuple[int, str, float]]]
+Answer = TypeVar("Answer")
 
 
 class View:
@@ -57,6 +59,7 @@ class View:
         self.store, self.meta = store, meta
         job = meta.pending or {}
         self._renamed: dict[str, str] = dict([job["relabel"]]) if "relabel" in job else {}
+        self._last: tuple[Vectors, Vectors] | None = None
         self._leaving = f"not ({one_of(job['remove'], job['values'])})" if "remove" in job else ""
 
     def __len__(self) -> int:
@@ -154,6 +157,25 @@ class View:
                 page["label"] = [self.shown(label) for label in page["label"]]
             yield page
 
+    def table(self, queries: Vectors) -> Vectors:
+        """Cosine of each probe with the nearest template of each identity, (Q, G), while all templates pass by.
+
+        The last one is kept: a calibration asks for it twice.
+        """
+        last = self._last
+        if last is None or not np.array_equal(last[0], queries):
+            table: Vectors = np.full((len(queries), len(self.names)), -np.inf, np.float32)
+            for page in self.pages(["label", "vector"]):
+                codes = self.codes_of(page["label"])
+                order = np.argsort(codes, kind="stable")
+                vectors = np.array(page["vector"], np.float32).reshape(len(codes), queries.shape[1])
+                scores = np.clip(queries @ vectors[order].T, -1, 1)
+                there, starts = np.unique(codes[order], return_index=True)
+                if len(there):
+                    table[:, there] = np.maximum(table[:, there], np.maximum.reduceat(scores, starts, axis=1))
+            last = self._last = (queries, table)
+        return last[1].copy()
+
     def search(self, queries: Vectors, k: int, condition: str = "") -> Hits:
         """Id, label and cosine of the k nearest templates that fit, for each probe."""
         if not len(self) or not len(queries):
@@ -243,7 +265,7 @@ def _(now: View, queries: Vectors, cohort: Cohort | None, own: Ids | None = None
     step = max(1, TABLE // len(now.names))
     for start in range(0, len(queries), step):
         part = slice(start, start + step)
-        scores = _vote_table(now, queries[part]) if voting else _streamed(now, queries[part])
+        scores = _vote_table(now, queries[part]) if voting else now.table(queries[part])
         if own is not None:
             scores[np.arange(len(scores)), own[part]] = -np.inf
         yield part, scores
@@ -279,20 +301,6 @@ def _vote_table(now: View, queries: Vectors) -> Vectors:
     return table
 
 
-def _streamed(now: View, queries: Vectors) -> Vectors:
-    """Cosine of each probe with the nearest template of each identity, (Q, G), while all templates pass by."""
-    table: Vectors = np.full((len(queries), len(now.names)), -np.inf, np.float32)
-    for page in now.pages(["label", "vector"]):
-        if not page["id"]:
-            continue
-        codes = now.codes_of(page["label"])
-        order = np.argsort(codes, kind="stable")
-        scores = np.clip(queries @ np.array(page["vector"], np.float32)[order].T, -1, 1)
-        there, starts = np.unique(codes[order], return_index=True)
-        table[:, there] = np.maximum(table[:, there], np.maximum.reduceat(scores, starts, axis=1))
-    return table
-
-
 def _answered(hits: Hits, k: int) -> Neighbours:
     ids = np.full((len(hits), k), -1, dtype=np.int64)
     scores = np.full((len(hits), k), np.nan, dtype=np.float32)
@@ -320,6 +328,7 @@ class MilvusGallery(Gallery):
         self._store = store
         self._read_only = read_only
         self._seeing = threading.Lock()
+        self._pin = threading.local()
         self._view = View(store, store.read())
 
     @classmethod
@@ -404,13 +413,27 @@ class MilvusGallery(Gallery):
     def verified(self) -> bool:
         return True  # there are no digests, and nothing that is still to be compared
 
+    # ---- asking it -------------------------------------------------------------------------------------------------
+
+    def search(self, *arguments: Any, **options: Any) -> Neighbours:
+        return self._whole(lambda: super(MilvusGallery, self).search(*arguments, **options))
+
+    def identify(self, *arguments: Any, **options: Any) -> list[Identification]:
+        return self._whole(lambda: super(MilvusGallery, self).identify(*arguments, **options))
+
+    def verify(self, *arguments: Any, **options: Any) -> Verification:
+        return self._whole(lambda: super(MilvusGallery, self).verify(*arguments, **options))
+
     # ---- what is in it ---------------------------------------------------------------------------------------------
 
+    def labels(self) -> list[str]:
+        return self._whole(super().labels)
+
     def counts(self) -> dict[str, int]:
-        return dict(sorted(self._now().tally.items()))
+        return self._whole(lambda: dict(sorted(self._now().tally.items())))
 
     def metadata(self) -> dict[int, dict[str, Any]]:
-        pages = self._now().pages(["metadata"])
+        pages = self._whole(lambda: list(self._now().pages(["metadata"])))
         return {key: note for page in pages for key, note in zip(page["id"], page["metadata"], strict=True)}
 
     def thumbnail(self, template: int) -> bytes | None:
@@ -418,9 +441,8 @@ class MilvusGallery(Gallery):
         return None
 
     def embeddings(self) -> Embeddings:
-        now = self._now()
-        pages = list(now.pages(["label", "vector"]))
-        vectors: Vectors = np.zeros((0, now.meta.dim or 0), np.float32)
+        pages = self._whole(lambda: list(self._now().pages(["label", "vector"])))
+        vectors: Vectors = np.zeros((0, self.dim or 0), np.float32)
         vectors = np.concatenate([vectors, *(np.array(page["vector"], np.float32) for page in pages if page["id"])])
         ids = np.array([key for page in pages for key in page["id"]], dtype=np.int64)
         return Embeddings(vectors, [label for page in pages for label in page["label"]], ids)
@@ -543,7 +565,7 @@ class MilvusGallery(Gallery):
 
     def _keep_calibration(self, found: Calibration, now: View) -> None:  # type: ignore[override]
         with self._turn() as facts:
-            if facts.generation != now.meta.generation:
+            if not facts.look_like(now.meta):
                 raise GalleryError(
                     f"The gallery {self.address} was changed while it was calibrated ({len(now)} templates then, "
                     f"{facts.count} now), and a promise is about the gallery that it was measured on. Calibrate again."
@@ -566,12 +588,42 @@ class MilvusGallery(Gallery):
 
     def _now(self) -> View:
         self._require_open()
+        pinned: View | None = getattr(self._pin, "view", None)
+        if pinned is not None:
+            return pinned
         facts = self._store.read()
         with self._seeing:
+            seen = self._view.meta
             # With bounded reads one may come back that is older than what this object has seen.
-            if facts.generation > self._view.meta.generation or facts.uuid != self._view.meta.uuid:
+            if facts.uuid != seen.uuid or (facts.generation > seen.generation and not facts.look_like(seen)):
                 self._view = View(self._store, facts)
             return self._view
+
+    def _whole(self, ask: Callable[[], Answer]) -> Answer:
+        """An answer from one generation, although it takes several questions.
+
+        They are asked of the generation that is known, and then it is seen whether that is still the newest: rows
+        change only after the generation that announces it. If it is not, they are asked again. Where somebody writes
+        all the time it is not insisted upon.
+        """
+        if getattr(self._pin, "view", None) is not None:
+            return ask()
+        view = self._view
+        for _ in range(MOST_TRIES):
+            self._pin.view = view
+            try:
+                answer, failure = ask(), None
+            except (GalleryError, ValueError) as error:
+                answer, failure = None, error
+            finally:
+                self._pin.view = None
+            newest = self._now()
+            if newest is view:
+                break
+            view = newest
+        if failure is not None:
+            raise failure
+        return answer  # type: ignore[return-value]
 
     def _about(self) -> About:
         return self._view.meta

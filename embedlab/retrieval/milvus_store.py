@@ -166,6 +166,15 @@ class Facts(About):
         """Whether reference images are kept."""
         return self.references_kept
 
+    def look_like(self, other: Facts) -> bool:
+        """Whether a reader sees the same: an enrollment that is under way changes nothing for one."""
+
+        def seen(facts: Facts) -> dict[str, Any]:
+            announced = None if facts.pending is None or "enroll" in facts.pending else facts.pending
+            return vars(facts) | {"generation": 0, "next_id": 0, "pending": announced}
+
+        return seen(self) == seen(other)
+
 
 class MilvusStore:
     """One connection to the collections of a gallery.
