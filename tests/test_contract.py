@@ -736,16 +736,23 @@ def state(gallery):
     )  # fmt: skip
 
 
+@pytest.fixture
+def as_shared(file, held, monkeypatch):
+    """A file whose writers take turns as on a server, where several processes write."""
+    monkeypatch.setattr("embedlab.retrieval.milvus_store.MilvusStore._shared", True)
+    return file
+
+
 @NEEDS_LITE
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_writer_that_dies_at_any_step_leaves_all_or_nothing(file, held, monkeypatch, name):
+def test_a_writer_that_dies_at_any_step_leaves_all_or_nothing(as_shared, monkeypatch, name):
     """Readers see the state before or after, never one between; the next writer goes on from there."""
     monkeypatch.setattr("embedlab.retrieval.milvus_store.LEASE", 0.2)
     monkeypatch.setattr("embedlab.retrieval.milvus_store.INSERT_BYTES", 500)  # four messages for twelve templates
     change, number, states = CHANGES[name], 0, []
     while True:
         number += 1
-        where = f"milvus:{file}/dies_{uuid.uuid4().hex[:8]}"
+        where = f"milvus:{as_shared}/dies_{uuid.uuid4().hex[:8]}"
         with Gallery.create(where, dim=DIM) as gallery:
             gallery.enroll(embeddings=people(3, 3)[0], labels=[f"p{i // 3}" for i in range(9)])
             before = state(gallery)
@@ -785,12 +792,12 @@ def test_a_writer_that_dies_at_any_step_leaves_all_or_nothing(file, held, monkey
 
 
 @NEEDS_LITE
-def test_a_dead_writers_lock_is_taken_over_once(file, held, monkeypatch):
+def test_a_dead_writers_lock_is_taken_over_once(as_shared, monkeypatch):
     """Of two who wait behind it, none takes away the lock that the other has made meanwhile."""
     from embedlab.retrieval.milvus_store import Address, MilvusStore
 
     monkeypatch.setattr("embedlab.retrieval.milvus_store.LEASE", 0.3)
-    where = f"milvus:{file}/lock_{uuid.uuid4().hex[:8]}"
+    where = f"milvus:{as_shared}/lock_{uuid.uuid4().hex[:8]}"
     Gallery.create(where, dim=DIM).close()
     one, two, three = (MilvusStore(Address.parse(where)) for _ in range(3))
     dead = one._take_turn()  # and never gives it back
@@ -808,12 +815,12 @@ def test_a_dead_writers_lock_is_taken_over_once(file, held, monkeypatch):
 
 
 @NEEDS_LITE
-def test_who_waits_too_long_is_told_who_writes(file, held, monkeypatch):
+def test_who_waits_too_long_is_told_who_writes(as_shared, monkeypatch):
     from embedlab.retrieval.milvus_store import Address, MilvusStore
 
     monkeypatch.setattr("embedlab.retrieval.milvus_store.LEASE", 0.5)
     monkeypatch.setattr("embedlab.retrieval.milvus_store.BEAT", 0.05)
-    where = f"milvus:{file}/busy_{uuid.uuid4().hex[:8]}"
+    where = f"milvus:{as_shared}/busy_{uuid.uuid4().hex[:8]}"
     Gallery.create(where, dim=DIM).close()
     busy, stop = MilvusStore(Address.parse(where)), threading.Event()
 

@@ -10,6 +10,7 @@ several rows, so a change is announced, done, and then made to count, each by in
 - Whoever writes next finishes what is pending, or takes it back, before anything else.
 
 Writers take turns. Milvus has no lock either, but creating a collection is atomic: who has created `NAME_lock` writes.
+A file of Milvus Lite is open in one process only, whose threads take turns by an ordinary lock.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ TOKEN = "EMBEDLAB_MILVUS_TOKEN"
 
 _files: dict[str, int] = {}  # open galleries per file of Milvus Lite in this process
 _files_lock = threading.Lock()
+_turns: dict[tuple[str, str], threading.Lock] = {}  # who writes to a gallery in a file, by path and name
 
 
 @dataclass(frozen=True)
@@ -301,9 +303,12 @@ class MilvusStore:
             yield facts
         finally:
             token, self._token = self._token, None
-            with suppress(GalleryError):  # what broke off the change is the news, and who comes next sees a dead lock
-                if self._holder() == token:
-                    self.call("drop_collection", self._lock)
+            if not self._shared:
+                self._inside.release()
+            else:
+                with suppress(GalleryError):  # what broke off the change is the news; who comes next sees a dead lock
+                    if self._holder() == token:
+                        self.call("drop_collection", self._lock)
 
     def beat(self) -> None:
         """Show now and then, to those who wait, that this one is alive."""
@@ -312,13 +317,30 @@ class MilvusStore:
             self._beaten = time.monotonic()
             self.write("beat", {"of": self._token, "number": time.time_ns()})
 
+    @property
+    def _shared(self) -> bool:
+        """Whether other processes may write."""
+        return self.address.file is None
+
+    @property
+    def _inside(self) -> threading.Lock:
+        """Held by the thread of this process whose turn it is, in a file."""
+        return _turns.setdefault((str(Path(self.address.uri).absolute()), self.address.name), threading.Lock())
+
     def _take_turn(self) -> str:
+        if not self._shared:
+            if self._inside.acquire(timeout=LEASE):
+                return "alone"
+            raise GalleryLocked(
+                f"The gallery {self.address.text} is being written by another thread for {LEASE:.0f} s or more. Try "
+                "again when it is done."
+            )
         host = re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())[:60]
         token = f"t{uuid.uuid4().hex}_{os.getpid()}_{host}"  # the name of a field: all that every Milvus keeps of it
         started = since = time.monotonic()
         seen: Any = None
-        refused: GalleryError | None = None
         while True:
+            refused = None
             try:
                 self._create(self._lock, {"key": ("VARCHAR", {"max_length": 8, "is_primary": True})}, token, 2)
             except GalleryError as error:  # it is there already
@@ -332,9 +354,9 @@ class MilvusStore:
                 seen, since = sign, now
             if holder is not None and (self._is_dead(holder) or now - since > LEASE):
                 self._push_aside(holder)
-            elif now - started > LEASE + 1 and now - since < LEASE:
-                if holder is None:
-                    raise refused or AssertionError
+            if holder is None and refused is not None and now - since > LEASE:
+                raise refused  # not because of another writer
+            if holder is not None and now - started > (LEASE + 1 if now - since < LEASE else 2 * LEASE + 1):
                 _, pid, host = holder.split("_", 2)
                 raise GalleryLocked(
                     f"The gallery {self.address.text} is being written by process {pid} on {host} for {LEASE:.0f} s or "
@@ -356,12 +378,8 @@ class MilvusStore:
         return self.documents("beat", "Strong") if self._is_there(self.facts) else None
 
     def _is_dead(self, holder: str) -> bool:
-        """Whether the process is known to have ended: it was on this host, or the file is open here alone."""
+        """Whether the process is known to have ended: it was on this host."""
         _, pid, host = holder.split("_", 2)
-        if int(pid) == os.getpid():
-            return False
-        if self.address.file is not None:
-            return True
         if host != re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())[:60] or sys.platform == "win32":
             return False
         try:
@@ -388,7 +406,7 @@ class MilvusStore:
             self.call("rename_collection", self._lock, aside)
 
     def _require_turn(self) -> None:
-        if self._token is None or self._holder() != self._token:
+        if self._token is None or (self._shared and self._holder() != self._token):
             raise GalleryError(
                 f"The turn to write to the gallery {self.address.text} was lost, because this process did nothing for "
                 f"{LEASE:.0f} s. Nothing of the change counts; make it again."
