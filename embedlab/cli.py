@@ -205,6 +205,7 @@ def _add_evaluate(commands: Any) -> None:
         "on other identities.",
     )
     group.add_argument("--open-set", action="store_true", help="run the trial")
+    group.add_argument("--calibrate", metavar="PATH", help="what sets the threshold (default: rows of PATH)")
     group.add_argument("--calibrate-select", nargs="+", metavar="COLUMN=VALUE", help="rows that set the threshold")
     group.add_argument("--fpir", type=float, default=0.05, help="promised false-positive identification rate")
     group.add_argument("--templates", type=_count, default=3, help="enrolled images per identity, without --reference")
@@ -620,16 +621,17 @@ def _evaluate(options: argparse.Namespace) -> Result:
         "protocol": protocol_of(found),
         "seconds": round(time.perf_counter() - started, 2),
     }
-    if options.out:
-        options.out.write_text(json.dumps(plain(result), indent=1), encoding="utf-8")
+    costs: dict[str, Any] = {}
     if options.report:
         from embedlab.serving.evaluation import costs_of, evaluation_report
 
         costs = costs_of(found, precision=options.precision)
+        result["capacity"] = {name: cost.to_dict() for name, cost in costs.items()}
+    if options.out:
+        options.out.write_text(json.dumps(plain(result), indent=1), encoding="utf-8")
+    if options.report:
         document = evaluation_report(found, compared, result["protocol"], capacities=costs)
-        result |= _write_report(options.report, document) | {
-            "capacity": {name: cost.to_dict() for name, cost in costs.items()}
-        }
+        result |= _write_report(options.report, document)
         text += f"\n\n{options.report}: open it in a browser"
     return {**result, "text": text}
 
@@ -643,6 +645,7 @@ def _plan(options: argparse.Namespace, path: str) -> Plan:
         reference=options.reference,
         reference_select=_selection(options.reference_select),
         open_set=options.open_set,
+        calibrate=options.calibrate,
         calibrate_select=_selection(options.calibrate_select),
         knn_k=options.knn_k,
         fpir=options.fpir,

@@ -433,6 +433,42 @@ def test_the_open_set_trial_is_told_and_drawn(folder, tmp_path, capsys) -> None:
     assert "Bad conditions" in reader.text
 
 
+def test_stored_vectors_have_all_of_it(folder, tmp_path, capsys) -> None:
+    """Query and reference, and the open-set trial, from vectors alone: the same figures as from images."""
+    encoder = folder / "a" / "encoder"
+    for part in ("probe", "gallery", "calibrate"):
+        ask(
+            capsys, "embed", folder / "all.csv", "--encoder", encoder, "--out", tmp_path / part,
+            "--select", f"split={part}",
+        )  # fmt: skip
+    trial = ["--open-set", "--fpir", "0.7"]
+    by_vectors = ask(
+        capsys, "evaluate", tmp_path / "probe", "--reference", tmp_path / "gallery", *trial,
+        "--calibrate", tmp_path / "calibrate", "--report", tmp_path / "r.html", "--out", tmp_path / "r.json",
+    )["results"]["vectors"]  # fmt: skip
+    by_images = ask(
+        capsys, "evaluate", folder / "all.csv", "--encoder", encoder, "--select", "split=probe",
+        "--reference-select", "split=gallery", *trial, "--calibrate-select", "split=calibrate",
+    )["results"]["encoder"]  # fmt: skip
+    for name in ("recall_at_1", "map_at_r", "knn_accuracy"):
+        assert by_vectors[name] == pytest.approx(by_images[name])
+    for name in ("eer", "auc"):
+        assert by_vectors["verification"][name] == pytest.approx(by_images["verification"][name])
+    for name in ("detection_rate", "observed_fpir", "threshold"):
+        assert by_vectors["open_set"][name] == pytest.approx(by_images["open_set"][name])
+    assert "Strangers" in require_harmless((tmp_path / "r.html").read_text(encoding="utf-8")).text
+    assert (
+        json.loads((tmp_path / "r.json").read_text())["results"]["vectors"]["recall_at_1"] == by_vectors["recall_at_1"]
+    )
+    np.save(tmp_path / "v.npy", vectors_of(folder, "a", split=["probe"]).vectors)
+    (tmp_path / "labels.txt").write_text("\n".join(vectors_of(folder, "a", split=["probe"]).labels))
+    plain_file = ask(
+        capsys, "evaluate", tmp_path / "v.npy", "--labels", tmp_path / "labels.txt", "--reference", tmp_path / "gallery"
+    )
+    assert plain_file["results"]["vectors"]["recall_at_1"] == by_vectors["recall_at_1"]
+    assert "or --calibrate PATH" in refused(capsys, "evaluate", tmp_path / "probe", "--open-set")
+
+
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="NO BROWSER: pip install playwright")

@@ -62,7 +62,8 @@ class Plan:
             `path`.
         reference_select: Its rows.
         open_set: Also run the open-set trial.
-        calibrate_select: Rows of `path` that set its threshold.
+        calibrate: Images or vectors of identities that set its threshold; None is rows of `path`.
+        calibrate_select: Their rows.
         knn_k: Neighbours of the weighted k-NN classifier.
         fpir: Promised false-positive identification rate of the trial.
         templates: Enrolled images per identity in the trial, without a reference.
@@ -81,6 +82,7 @@ class Plan:
     reference: str | None = None
     reference_select: Where | None = None
     open_set: bool = False
+    calibrate: str | None = None
     calibrate_select: Where | None = None
     knn_k: int = 20
     fpir: float = 0.05
@@ -92,9 +94,10 @@ class Plan:
     coarse: str | None = None
 
     def __post_init__(self) -> None:
-        if self.open_set and not self.calibrate_select:
+        if self.open_set and not (self.calibrate or self.calibrate_select):
             raise ValueError(
-                "--open-set needs --calibrate-select COLUMN=VALUE: identities, not tested, that set the threshold."
+                "--open-set needs --calibrate-select COLUMN=VALUE, or --calibrate PATH: identities, not tested, that "
+                "set the threshold."
             )
         if self.degradations:
             from embedlab.data.degradations import chosen_kinds, chosen_severities  # not before it is needed: torch
@@ -197,7 +200,7 @@ def evaluate(subject: Subject, plan: Plan) -> Evaluation:
     figures["health"] = _health(query.embeddings.vectors, plan.seed)
     trial = None
     if plan.open_set:
-        strangers = subject.read(plan.path, plan.calibrate_select).embeddings
+        strangers = subject.read(plan.calibrate or plan.path, plan.calibrate_select).embeddings
         figures["open_set"], trial = _open_set(
             query.embeddings, strangers, others, plan.fpir, plan.templates, plan.seed
         )

@@ -122,7 +122,7 @@ def with_degradations(found: Evaluation, how: ReadingOptions) -> Evaluation:
         clean,
         degraded,
         None if found.reference is None else found.reference.embeddings,
-        found.subject.read(plan.path, plan.calibrate_select).embeddings if plan.open_set else None,
+        found.subject.read(plan.calibrate or plan.path, plan.calibrate_select).embeddings if plan.open_set else None,
         knn_k=plan.knn_k,
         fpir=plan.fpir,
         templates=plan.templates,

@@ -79,14 +79,14 @@ def stored_subject(path: str, labels: str | None = None, *, name: str = "vectors
 
     Args:
         path: Of the queries; the protocol of stored embeddings says how they were made.
-        labels: File with the labels of the queries, see `read_vectors`.
+        labels: File with the labels of the queries, see `read_vectors`; other vectors bring their own.
         name: Of the row.
     """
 
     def read(where: str, select: Where | None) -> Reading:
         if select:
             raise ValueError("--select chooses rows of a manifest; stored vectors have no columns.")
-        return Reading(read_vectors(where, labels))
+        return Reading(read_vectors(where, labels if where == path else None))
 
     told = {"encoder", "preprocessing", "precision", "source", "select"}
     made = read_protocol(path) if (os.path.isdir(path) and is_vectors(path)) else {}
@@ -125,9 +125,17 @@ def encoder_subject(
         "preprocessing": placed.preprocessing,
         "precision": chosen.precision,
         "batch_size": chosen.batch_size,
-        "device": "cpu" if exported else str(placed.mean.device),
+        "device": "cpu" if exported else _device(placed),
     }
     return Subject(name, read, _with_digest(about), placed)
+
+
+def _device(encoder: Encoder) -> str:
+    """Where it computes; a GPU by its name."""
+    import torch
+
+    device = encoder.mean.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def baseline_subjects(
