@@ -221,6 +221,47 @@ def test_a_grid_finds_the_places_that_halving_finds(kind):
     np.testing.assert_array_equal(_pairs._Places(edges).of(scores), want)
 
 
+@pytest.mark.parametrize("power", [-300, -160, 160, 300])
+def test_a_norm_whose_square_is_no_float64_is_a_norm(power):
+    random = np.random.default_rng(0)
+    labels = np.arange(60) % 7
+    vectors = random.standard_normal((7, 5))[labels] + random.standard_normal((60, 5))
+    rows = _ranking.Rows(vectors * 10.0**power, "query")
+    np.testing.assert_allclose(np.linalg.norm(rows.unit(slice(None)), axis=1), 1, rtol=1e-14)
+    mixed = np.where(np.arange(60)[:, None] % 2, vectors, vectors * 10.0**power)
+    assert metrics.map_at_r(mixed, labels) == metrics.map_at_r(vectors, labels)
+
+
+PLANE, TWO = np.eye(2), [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda: metrics.recall_at_k([[1, 2], [1]], TWO), "Not an array .*rows of different lengths"),
+        (lambda: metrics.recall_at_k(PLANE, TWO, k=[1, 5]), r"whole number of at least 1, got \[1, 5\]"),
+        (lambda: metrics.recall_at_k(PLANE, TWO, k="1"), "whole number of at least 1, got 1"),
+        (lambda: metrics.recall_at_k(PLANE, TWO, k=float("inf")), "whole number of at least 1, got inf"),
+        (lambda: metrics.retrieval_report(PLANE, TWO, k=5), "list of depths such as .*, got 5"),
+        (lambda: metrics.knn_accuracy(PLANE, TWO, temperature="x"), "temperature > 0, got x"),
+        (lambda: metrics.knn_accuracy(PLANE, TWO, PLANE), "go together, .*got only test"),
+        (lambda: metrics.knn_accuracy(PLANE, TWO, None, TWO), "go together, .*got only test_labels"),
+        (lambda: metrics.recall_at_k([[1.0, 0.0], [0.0, np.inf]], TWO), "query row 1 is NaN or infinite"),
+        (lambda: metrics.recall_at_k([[1.0, 0.0], [0.0, 0.0]], TWO), "query row 1 is zero"),
+        (lambda: metrics.tar_at_far([0.1, 0.2], [0, 1], "x"), r"far in \(0, 1\], got x"),
+        (lambda: metrics.best_accuracy([0.1, 0.2], [0, 1], folds=2.5), "got 2.5 folds"),
+        (lambda: metrics.best_accuracy([0.1, 0.2], [0, 1], folds="x"), "got 'x' folds"),
+    ],
+)
+def test_bad_input_is_named(function, text):
+    with pytest.raises(ValueError, match=text):
+        function()
+
+
+def test_sparse_tensors_are_vectors_too():
+    assert metrics.recall_at_k(torch.eye(4).to_sparse(), [0, 0, 1, 1]) == metrics.recall_at_k(np.eye(4), [0, 0, 1, 1])
+
+
 def all_pairs(vectors, labels, groups=None):
     """Score and kind of every pair, by loops."""
     unit = vectors.astype(np.float64) / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)

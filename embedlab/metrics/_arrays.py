@@ -16,10 +16,15 @@ Booleans = NDArray[np.bool_]
 def as_array(values: Any) -> Array:
     """View array-likes as NumPy; a torch tensor is recognised by its methods, so that torch is never imported."""
     if hasattr(values, "detach"):
-        values = values.detach().cpu()
+        values = values.detach().cpu().to_dense()
         # NumPy has no bfloat16; every bfloat16 is a float32
         values = (values.float() if str(values.dtype) == "torch.bfloat16" else values).numpy()
-    return np.asarray(values)
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ValueError(
+            f"Not an array of numbers, strings or booleans ({error}): rows of different lengths?"
+        ) from None
 
 
 def as_scores(values: Any, name: str) -> Floats:

@@ -69,8 +69,9 @@ class _Places:
         self.lowest = edges[0] if len(edges) else 0.0
         self.cells = min(CELLS, 4 * len(edges) + 1)
         self.per_cell = self.cells / (edges[-1] - edges[0]) if len(edges) else 0.0
-        below = np.bincount(self._cell(edges), minlength=self.cells).cumsum()
-        self.first = np.append(0, below[:-1]).astype(np.int32)  # edge at or after the beginning of each cell
+        self.first = np.zeros(self.cells + 1, dtype=np.int32)  # edge at or after the beginning of each cell
+        np.add.at(self.first, self._cell(edges) + 1, 1)
+        np.cumsum(self.first, out=self.first)
 
     def _cell(self, scores: Floats) -> NDArray[np.int32]:
         """Rounding keeps the order, so no edge of a lower cell is above a score."""

@@ -22,7 +22,7 @@ from embedlab.metrics._threads import in_threads
 
 BUDGET = 32 << 20  # bytes that one block of scores or gathered rows may take
 DECIMALS = 12  # far above float64 rounding of a cosine, far below any difference that carries meaning
-PANEL = 1 << 15  # reference rows multiplied at a time in float32, and twice as many in bfloat16
+PANEL = 1 << 15  # reference rows multiplied at a time
 ROWS = 128  # queries that one core ranks at a time: with fewer a product is slow, with more its result leaves the cache
 CHUNK = 8192  # queries at a time, at most
 SLACK = 16  # candidates beyond those asked for, so that a tie at the cut rarely needs the whole row
@@ -47,8 +47,7 @@ class Rows:
         step = max(1, BUDGET // (32 * self.dim))
         for start in range(0, len(self), step):
             block = self.values[start : start + step].astype(np.float64)
-            with np.errstate(over="ignore"):
-                norms = np.sqrt(np.einsum("nd,nd->n", block, block))
+            norms = _norms(block)
             bad = ~np.isfinite(norms) | (norms == 0)
             if bad.any():
                 row = int(bad.argmax())
@@ -71,6 +70,18 @@ class Rows:
         unit: Floats = self.values[rows].astype(np.float64)
         unit *= self.scale[rows, None]
         return unit
+
+
+def _norms(vectors: Floats) -> Floats:
+    """(n,), also where squares would overflow or lose digits; NaN where an entry is not finite."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        squares: Floats = np.einsum("nd,nd->n", vectors, vectors)
+        norms = np.sqrt(squares)
+        odd = np.flatnonzero(~((squares > 1e-280) & (squares < np.inf)))
+        largest = np.abs(vectors[odd]).max(axis=1, initial=0.0)
+        inner = vectors[odd] / np.where(largest > 0, largest, 1.0)[:, None]
+        norms[odd] = largest * np.sqrt(np.einsum("nd,nd->n", inner, inner))
+    return norms
 
 
 class Search:
@@ -268,7 +279,7 @@ class Screen:
         A query with more than `most` candidates, or whose nearest are not even at an acute angle, gets none.
         """
         total, dim = self.reference.shape
-        width = min(2 * PANEL, total)
+        width = min(PANEL, total)
         buffer = self.torch.empty(len(query) * width, dtype=self.torch.bfloat16)
         rounded = self.torch.from_numpy(query).bfloat16()
         own = self._residual(query, rounded)

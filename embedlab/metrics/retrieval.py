@@ -4,7 +4,8 @@ All functions rank by cosine (vectors may have any norm) and share one signature
 `f(query, query_labels, reference=None, reference_labels=None, *, empty="skip", groups=None)`, some with `k`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,8 @@ def retrieval_report(
         >>> report.values
         {'recall_at_1': 1.0, 'r_precision': 1.0, 'map_at_r': 1.0}
     """
+    if not isinstance(k, Iterable) or isinstance(k, str):
+        raise ValueError(f"retrieval_report needs k as a list of depths such as [1, 5, 10], got {k!r}.")
     depths = [_checked_depth(depth, "retrieval_report") for depth in k]
     problem = _problem(query, query_labels, reference, reference_labels, groups, empty, over_ranks)
     measures: dict[str, Callable[[Matches], Floats]] = {
@@ -452,8 +455,13 @@ def knn_hits(
         [True, False]
     """
     k = _checked_depth(k, "knn_accuracy")
-    if not temperature > 0:
+    if not isinstance(temperature, numbers.Real) or not temperature > 0:
         raise ValueError(f"knn_accuracy needs temperature > 0, got {temperature}; usual values are 0.07 and 0.1.")
+    if (test is None) != (test_labels is None):
+        raise ValueError(
+            f"test and test_labels go together, and without both it is leave-one-out; got only "
+            f"{'test_labels' if test is None else 'test'}."
+        )
     if test is None:
         problem = Problem(train, train_labels, over_ranks=over_ranks)
     else:
@@ -661,8 +669,8 @@ def _problem(
     return problem
 
 
-def _checked_depth(k: int, name: str) -> int:
-    if int(k) != k or k < 1:
+def _checked_depth(k: Any, name: str) -> int:
+    if not isinstance(k, numbers.Real) or not np.isfinite(k) or int(k) != k or k < 1:
         raise ValueError(f"{name} needs k to be a whole number of at least 1, got {k}.")
     return int(k)
 

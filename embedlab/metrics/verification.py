@@ -138,14 +138,15 @@ def _folds(folds: Any, flags: Any) -> Integers:
         parts = as_labels(folds, "folds", len(flags))
         count = len(np.unique(parts))
     else:
-        count = int(given)
+        count = int(given) if given.dtype.kind in "iuf" and np.isfinite(given) and int(given) == given else 0
         parts = np.empty(len(flags), dtype=np.int64)
         for kind in (flags, ~flags):
             parts[kind] = np.arange(kind.sum()) * count // max(1, kind.sum())
     if not 2 <= count <= min(flags.sum(), (~flags).sum()):
         raise ValueError(
-            f"best_accuracy needs at least 2 folds and in each a genuine and an impostor pair, got {count} folds for "
-            f"{int(flags.sum())} genuine and {int((~flags).sum())} impostor pairs."
+            "best_accuracy needs at least 2 folds and in each a genuine and an impostor pair, got "
+            f"{count if given.ndim else folds!r} folds for {int(flags.sum())} genuine and {int((~flags).sum())} impostor "
+            "pairs."
         )
     return parts
 
@@ -362,7 +363,8 @@ def _codes(labels: Any, name: str, rows: int) -> Integers:
 
 
 def _checked_targets(far: Any, impostors: int, name: str) -> Floats:
-    targets = as_array(far).astype(np.float64)
+    given = as_array(far)
+    targets = given.astype(np.float64) if given.dtype.kind in "fiub" else np.array(np.nan)
     if not ((targets > 0) & (targets <= 1)).all():
         raise ValueError(f"{name} needs far in (0, 1], got {far}; it is a share, not a percentage.")
     if targets.size and targets.min() * impostors < 1 - 1e-9:
