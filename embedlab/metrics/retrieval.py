@@ -4,8 +4,9 @@ All functions rank by cosine (vectors may have any norm) and share one signature
 `f(query, query_labels, reference=None, reference_labels=None, *, empty="skip", groups=None)`, some with `k`.
 """
 
+import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,7 @@ def retrieval_report(
         >>> report.values
         {'recall_at_1': 1.0, 'r_precision': 1.0, 'map_at_r': 1.0}
     """
-    if not isinstance(k, Iterable) or isinstance(k, str):
+    if np.ndim(k) != 1:
         raise ValueError(f"retrieval_report needs k as a list of depths such as [1, 5, 10], got {k!r}.")
     depths = [_checked_depth(depth, "retrieval_report") for depth in k]
     problem = _problem(query, query_labels, reference, reference_labels, groups, empty, over_ranks)
@@ -455,7 +456,7 @@ def knn_hits(
         [True, False]
     """
     k = _checked_depth(k, "knn_accuracy")
-    if not isinstance(temperature, numbers.Real) or not temperature > 0:
+    if np.asarray(temperature).dtype.kind not in "fiu" or not temperature > 0:
         raise ValueError(f"knn_accuracy needs temperature > 0, got {temperature}; usual values are 0.07 and 0.1.")
     if (test is None) != (test_labels is None):
         raise ValueError(
@@ -670,9 +671,10 @@ def _problem(
 
 
 def _checked_depth(k: Any, name: str) -> int:
-    if not isinstance(k, numbers.Real) or not np.isfinite(k) or int(k) != k or k < 1:
+    number = float(k) if isinstance(k, numbers.Real) else math.nan
+    if not number.is_integer() or number < 1:
         raise ValueError(f"{name} needs k to be a whole number of at least 1, got {k}.")
-    return int(k)
+    return int(number)
 
 
 def _refuse_shallow(problem: Problem, k: int | None, name: str) -> None:

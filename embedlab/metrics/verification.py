@@ -145,8 +145,8 @@ def _folds(folds: Any, flags: Any) -> Integers:
     if not 2 <= count <= min(flags.sum(), (~flags).sum()):
         raise ValueError(
             "best_accuracy needs at least 2 folds and in each a genuine and an impostor pair, got "
-            f"{count if given.ndim else folds!r} folds for {int(flags.sum())} genuine and {int((~flags).sum())} impostor "
-            "pairs."
+            f"{count if given.ndim else folds!r} folds for {int(flags.sum())} genuine and {int((~flags).sum())} "
+            "impostor pairs."
         )
     return parts
 
