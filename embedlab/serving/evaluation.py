@@ -619,7 +619,7 @@ def _classes(found: Evaluation) -> Html:
         "Classes",
         tag(
             "p",
-            f"{len(rows):,} classes, the worst first; {perfect:,} have every nearest right."
+            f"{len(rows):,} classes, the worst first; {perfect:,} with every nearest right."
             + (f" The first {len(shown):,} are shown, the JSON has all." if len(shown) < len(rows) else "")
             + " A click on the head of a column sorts by it.",
             class_="quiet",

@@ -179,7 +179,15 @@ def _confusion(found: Evaluation, row: Confusion) -> Html:
             "div",
             picture(row_picture(found.searched, row.nearest), row.taken_for),
             tag("h3", row.taken_for),
-            tag("span", f"taken back {row.back} times" if row.back else "never taken back", class_="quiet"),
+            tag(
+                "span",
+                "never taken back"
+                if not row.back
+                else "taken back once"
+                if row.back == 1
+                else f"taken back {row.back} times",
+                class_="quiet",
+            ),
         ),
         class_="pair",
     )
