@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,21 @@ def test_two_processes_do_what_one_does(photos, tmp_path, three):
     assert len(told.splitlines()) == 1  # the first process alone speaks
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.ddp
+@pytest.mark.full
+def test_an_error_in_one_process_ends_them_all(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "p3" / "19.png").write_bytes(b"no image")
+    arguments = ["embed", str(tmp_path / "photos"), "--encoder", str(photos.parent / "encoder"), "--devices", "2"]
+    worker = run_worker([*arguments, "--out", str(tmp_path / "out")])
+    told, log = worker.communicate(timeout=300)
+    assert (worker.returncode, told) == (1, "")
+    assert "19.png: it is text, not an image" in log
+    assert "gloo" not in log
+    assert "Warning" not in log
+    assert main([*arguments[:-2], "--out", str(tmp_path / "out"), "--resume", "--on-error", "skip"]) == 1  # 1 of 20
 
 
 @pytest.mark.ddp

@@ -39,7 +39,8 @@ def predict(
     """
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=message)
     trainer = pl.Trainer(
         accelerator="auto" if isinstance(embedder, nn.Module) else "cpu",
         devices=devices,
@@ -52,7 +53,12 @@ def predict(
     )
     if trainer.is_global_zero:
         work.begin(resume=resume, overwrite=overwrite)
-    trainer.predict(Share(work, embedder, options, progress=progress), return_predictions=False)
+    try:
+        trainer.predict(Share(work, embedder, options, progress=progress), return_predictions=False)
+    except RuntimeError as error:
+        if not any(name in str(error).lower() for name in ("gloo", "nccl")):
+            raise
+        raise RuntimeError("Another process of this run has broken off; what it says itself tells why.") from error
     return bool(trainer.is_global_zero)
 
 
@@ -72,11 +78,12 @@ class Share(pl.LightningModule):
         missing = strategy.broadcast(self.work.missing() if self.trainer.is_global_zero else [])
         return DataLoader([missing[self.global_rank :: self.trainer.world_size]], batch_size=None, collate_fn=list)  # type: ignore[arg-type]
 
-    def predict_step(self, parts: list[int]) -> None:
-        """Embed and store them."""
+    def predict_step(self, parts: list[int]) -> int:
+        """Embed and store them; returns how many, as Lightning wants something."""
         name = f"embed, process 1 of {self.trainer.world_size}"
         shown = self.progress and self.trainer.is_global_zero
         run_parts(self.work, self.embedder, self.options, parts, progress=shown, name=name)
+        return len(parts)
 
     def on_predict_end(self) -> None:
         """Wait until everything is stored."""
