@@ -642,7 +642,8 @@ def _open_file(address: Address, client: Any, failure: type[Exception]) -> Any:
         raise GalleryError(f"{address.text}: there is no folder {address.file.absolute().parent}.")
     with _files_lock:
         try:
-            opened = client(path)
+            # Milvus Lite hangs up on who pings it as often as pymilvus does; within a process there is nothing to ping.
+            opened = client(path, grpc_options={"grpc.keepalive_time_ms": 2**31 - 1})
         except failure as error:
             if find_spec("milvus_lite") is None:
                 raise ImportError(
