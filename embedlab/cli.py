@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedlab import __version__
 from embedlab._json import plain
+from embedlab._machine import reuse_memory
 
 if TYPE_CHECKING:
     from embedlab._types import Embeddings
@@ -34,7 +35,11 @@ LABELS_HELP = "labels of the vectors: text with one per line, .npy, or .csv with
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for an error, 2 for a wrong call."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # a process of its own
+        arguments = sys.argv[1:]
+        if arguments[:1] != ["serve"]:  # which goes on for months
+            reuse_memory()
+    arguments = list(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("embedlab").setLevel(logging.INFO)
     try:
