@@ -64,12 +64,37 @@ def test_faces_over_folds_seeds_and_baselines(few_draws, tmp_path, capsys, monke
         assert 0 <= low <= np.mean(figure.values) <= high <= 1
     # 24 searches of strangers do not support 1 %
     assert str(pooled.rows[recipes.OURS]["detection at FPIR 1 %"]) == "-"
-    assert len(list((tmp_path / "out" / "runs").iterdir())) == 6
+    assert len(list((tmp_path / "out" / "runs").glob("*.json"))) == 6
     monkeypatch.setattr(recipes, "command", forbid)
     again = run(capsys, tmp_path, "faces", *options, *FEW)
     assert list(map(str, again)) == [str(one), str(pooled)]
     with pytest.raises(SystemExit, match="made by another command or recipe"):
         run(capsys, tmp_path, "faces", *options, *FEW, "--data.init_args.fit=pad")
+
+
+def test_a_training_that_was_broken_off_goes_on_where_it_stopped(tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def command(*arguments):
+        asked.append(list(map(str, arguments)))
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return {"seconds": 3.0}
+
+    monkeypatch.setattr(recipes, "command", command)
+    run = tmp_path / "runs" / "one"
+    with pytest.raises(KeyboardInterrupt):
+        recipes.piece(run, "fit", "-c", "some.yaml")
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000001.ckpt").touch()
+    result = recipes.piece(run, "fit", "-c", "some.yaml")
+    assert asked[1] == ["fit", "--run", str(run), "--resume"]
+    assert recipes.mean_seconds([result["seconds"]]) == "-"
+    assert recipes.mean_seconds([result["seconds"], 4.0]) == "4"
+    recipes.piece(run, "fit", "-c", "some.yaml")
+    assert len(asked) == 2, "done is done"
+    with pytest.raises(SystemExit, match="another command or recipe"):
+        recipes.piece(run, "fit", "-c", "other.yaml")
 
 
 def test_products_among_all_photographs(few_draws, tmp_path, capsys) -> None:

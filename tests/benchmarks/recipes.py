@@ -142,25 +142,39 @@ def command(*arguments: Any) -> dict[str, Any]:
 
 
 def piece(folder: Path, *arguments: Any, reads: Sequence[Path] = ()) -> dict[str, Any]:
-    """Run `embedlab ... --run FOLDER` unless the folder holds what the same command made of the same files."""
+    """Run `embedlab ... --run FOLDER` unless the folder holds what the same command made of the same files.
+
+    A training that was broken off goes on at its last checkpoint; its seconds are then unknown (NaN).
+    """
     read = hashlib.blake2b(b"".join(path.read_bytes() for path in reads), digest_size=8).hexdigest()
     made = {"arguments": [str(argument) for argument in arguments], "read": read}
-    note = folder / "piece.json"
-    if note.is_file():
-        known = json.loads(note.read_text())
-        if {name: known[name] for name in made} != made:
-            raise SystemExit(
-                f"{folder} was made by another command or recipe than the one asked for now ({note}); delete it, or "
-                "choose another folder by --out."
-            )
+    note = folder.with_name(f"{folder.name}.json")
+    known = json.loads(note.read_text()) if note.is_file() else made
+    if {name: known[name] for name in made} != made:
+        raise SystemExit(
+            f"{folder} was made by another command or recipe than the one asked for now ({note}); delete both, or "
+            "choose another folder by --out."
+        )
+    if known.get("result"):
         result: dict[str, Any] = known["result"]
         return result
-    shutil.rmtree(folder, ignore_errors=True)  # broken off
     sys.stderr.write(f"{folder}\n")
-    result = command(*arguments, "--run", folder)
+    if arguments[0] == "fit" and note.is_file() and list(folder.glob("checkpoints/*.ckpt")):
+        result = command("fit", "--run", folder, "--resume") | {"seconds": float("nan")}
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # broken off before its first checkpoint
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(made))
+        result = command(*arguments, "--run", folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     note.write_text(json.dumps(made | {"result": result}))
     return result
+
+
+def mean_seconds(seconds: Sequence[float]) -> str:
+    """Of those trainings that were not broken off."""
+    known = [one for one in seconds if not np.isnan(one)]
+    return f"{np.mean(known):.0f}" if known else "-"
 
 
 def train(options: argparse.Namespace, name: str, manifest: Path, seed: int, *more: str) -> tuple[Encoder, float]:
@@ -210,13 +224,13 @@ class Pictures:
 
 
 def encoders(
-    options: argparse.Namespace, pictures: Pictures, manifest: Path, name: str = ""
-) -> tuple[dict[str, list[Embeddings]], dict[str, str]]:
-    """For each row of a table the vectors by seed, and the seconds of a training."""
+    options: argparse.Namespace, pictures: Pictures, manifest: Path, name: str = "", *, peer: bool = True
+) -> tuple[dict[str, list[Embeddings]], dict[str, list[float]]]:
+    """For each row of a table the vectors by seed, and the seconds of the trainings."""
     found: dict[str, list[Embeddings]] = {}
     seconds: dict[str, list[float]] = {}
     for seed in options.seeds:
-        kinds = {OURS: []} | ({THEIRS: PML} if seed in options.seeds[: options.peer_seeds] else {})
+        kinds = {OURS: []} | ({THEIRS: PML} if peer and seed in options.seeds[: options.peer_seeds] else {})
         for kind, more in kinds.items():
             run = f"{name}{'ours' if kind == OURS else 'peer'}"
             encoder, took = train(options, run, manifest, seed, *more)
@@ -228,8 +242,7 @@ def encoders(
             if kind != RAW or kind not in found:
                 found.setdefault(kind, []).append(pictures.vectors(encoder))
     order = [kind for kind in (OURS, THEIRS, UNTRAINED, RAW) if kind in found]
-    times = {kind: f"{np.mean(seconds[kind]):.0f}" if kind in seconds else "-" for kind in order}
-    return {kind: found[kind] for kind in order}, times
+    return {kind: found[kind] for kind in order}, {kind: seconds.get(kind, []) for kind in order}
 
 
 # ---- faces ---------------------------------------------------------------------------------------------------------
@@ -307,17 +320,19 @@ def faces(options: argparse.Namespace) -> list[Table]:
         write_split(manifest, source, roles)
         pictures = Pictures(manifest, options.out)
         tested = np.flatnonzero(pictures.roles == options.role)
-        by_row, seconds = encoders(options, pictures, manifest, f"fold{number}-")
+        # the peer's loss is compared on one split; it is the same function
+        by_row, seconds = encoders(options, pictures, manifest, f"fold{number}-", peer=number == 0)
         for kind, seeds in by_row.items():
             rows = folds.setdefault(kind, [[] for _ in seeds])
             for place, found in enumerate(seeds):
                 rows[place].append(search_all(take(found, tested), options.templates))
-            times.setdefault(kind, []).append(float(seconds[kind]) if seconds[kind] != "-" else 0.0)
+            times.setdefault(kind, []).extend(seconds[kind])
     one, pooled = Table("One split"), Table(f"{options.folds} folds pooled")
     for kind, by_seed in folds.items():
-        time = {"training, s": f"{np.mean(times[kind]):.0f}" if sum(times[kind]) else "-"}
+        time = {"training, s": mean_seconds(times[kind])}
         one.rows[kind] = _faces_row([found[:1] for found in by_seed], {"10 %": 0.1}) | time
-        pooled.rows[kind] = _faces_row(by_seed, {"10 %": 0.1, "1 %": 0.01})
+        if kind != THEIRS:
+            pooled.rows[kind] = _faces_row(by_seed, {"10 %": 0.1, "1 %": 0.01})
     return [one, pooled]
 
 
@@ -394,7 +409,7 @@ def products(options: argparse.Namespace) -> list[Table]:
         if mask.any():
             rows = {kind: _products_row(seeds, mask, chosen, parents) for kind, seeds in by_row.items()}
             for kind, row in rows.items():
-                row["training, s"] = seconds[kind]
+                row["training, s"] = mean_seconds(seconds[kind])
             tables.append(Table(f"{title}: {mask.sum()} queries among {chosen.sum()} photographs", rows))
     return tables
 
@@ -514,7 +529,7 @@ def characters(options: argparse.Namespace) -> list[Table]:
             rows = trials.setdefault(kind, [[] for _ in seeds])
             for place, found in enumerate(seeds):
                 rows[place].append(ask_gallery(found, whose, pictures.roles, options))
-            seconds.setdefault(kind, []).append(float(times[kind]) if times[kind] != "-" else 0.0)
+            seconds.setdefault(kind, []).extend(times[kind])
     strangers, others = (" + ".join(str(count[place]) for count in counts) for place in (1, 0))
     table = Table(
         f"{strangers} strangers, each enrolled in another gallery too; thresholds from {others} others, promised FPIR "
@@ -527,7 +542,7 @@ def characters(options: argparse.Namespace) -> list[Table]:
             "closed set": mean_figure([found.right[known] for found in joined], whose[known]),
             "detection": mean_figure([(found.right & found.accepted)[known] for found in joined], whose[known]),
             "observed FPIR": mean_figure([found.accepted[~known] for found in joined], whose[~known]),
-            "training, s": f"{np.mean(seconds[kind]):.0f}" if sum(seconds[kind]) else "-",
+            "training, s": mean_seconds(seconds[kind]),
         }
     return [table]
 
@@ -551,31 +566,33 @@ def read_tiles(root: Path) -> Source:
     )
 
 
-def patches(encoder: Encoder, images: Any, layer: str = "layer2") -> Any:
-    """(N, H W, F) unit features of every place, smoothed over 3 x 3 places, from one stage of the network."""
+def patches(encoder: Encoder, images: Any, stage: str = "layer2") -> torch.Tensor:
+    """(N, P, F) features of every 2 x 2 places of one stage; pictures of all exposures are brought to one contrast."""
     caught: list[torch.Tensor] = []
-    stage = getattr(encoder.backbone.net, layer)  # type: ignore[union-attr]
-    hook = stage.register_forward_hook(lambda _module, _inputs, output: caught.append(output))
+    hook = getattr(encoder.backbone.net, stage).register_forward_hook(  # type: ignore[union-attr]
+        lambda _module, _inputs, output: caught.append(torch.nn.functional.avg_pool2d(output, 2, ceil_mode=True))
+    )
     encoder.eval()
     with torch.no_grad():
         for start in range(0, len(images), 64):
-            encoder(torch.from_numpy(images[start : start + 64]))
+            part = torch.from_numpy(images[start : start + 64]).float()
+            mean, spread = part.mean((2, 3), keepdim=True), part.std((2, 3), keepdim=True) + 5  # grey levels
+            encoder.backbone((part - mean) / spread)
     hook.remove()
-    maps = torch.nn.functional.avg_pool2d(torch.cat(caught), 3, stride=1, padding=1, count_include_pad=False)
-    return torch.nn.functional.normalize(maps.flatten(2).transpose(1, 2), dim=2)
+    return torch.cat(caught).flatten(2).transpose(1, 2)
 
 
-def patch_scores(encoder: Encoder, bank: Any, images: Any, *, places: int = 10_000, seed: int = 0) -> Any:
+def patch_scores(encoder: Encoder, normal: Any, images: Any, *, places: int = 10_000, seed: int = 0) -> Any:
     """How far the strangest place of an image is from the nearest place of any normal image.
 
     PatchCore (Roth et al. 2022, https://arxiv.org/abs/2106.08265) with places drawn at random for its bank, where the
-    authors choose them greedily, and without the weight by neighbours.
+    authors choose them greedily, with standardised features and cosines, and without the weight by neighbours.
     """
-    known = patches(encoder, bank).flatten(0, 1)
-    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
-    known = known[order[:places]]
-    found = patches(encoder, images)
-    return np.concatenate([(1 - (part @ known.T).amax(dim=2)).amax(dim=1).numpy() for part in found.split(4)])
+    bank, found = patches(encoder, normal).flatten(0, 1), patches(encoder, images)
+    mean, spread = bank.mean(dim=0), bank.std(dim=0) + 1e-6
+    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(seed))[:places]
+    bank, found = (torch.nn.functional.normalize((part - mean) / spread, dim=-1) for part in (bank[order], found))
+    return np.concatenate([(1 - (part @ bank.T).amax(dim=2)).amax(dim=1).numpy() for part in found.split(8)])
 
 
 def vote(bank: Any, positive: Any, queries: Any, *, k: int = 20, temperature: float = 0.1) -> Any:
@@ -662,10 +679,10 @@ def defects(options: argparse.Namespace) -> list[Table]:
     rows[f"always {options.positive}"] = [Decisions(np.ones(len(truth)), 0.5)]
     table = Table(
         f"{len(truth)} pictures of {len(set(owners))} groups, {truth.mean():.0%} positive; "
-        f"pre-training {np.mean(seconds['pre-training']):.0f} s"
+        f"pre-training {mean_seconds(seconds['pre-training'])} s"
     )
     for kind, seeds in rows.items():
-        time = f"{np.mean(seconds[kind]):.0f}" if kind in seconds else "-"
+        time = mean_seconds(seconds.get(kind, []))
         table.rows[kind] = _defects_row(seeds, truth, owners) | {"training, s": time}
     return [table]
 
@@ -734,7 +751,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--templates", type=int, default=3, help="enrolled pictures of an identity")
     parser.add_argument("--fpir", type=float, default=0.05, help="promised on characters")
     parser.add_argument("--positive", default="defect", help="the label of parts with a defect")
-    parser.add_argument("--steps", type=int, default=400, help="of fine-tuning on parts")
+    parser.add_argument("--steps", type=int, default=120, help="of fine-tuning on parts")
     parser.add_argument("--rates", type=float, nargs=2, default=[0.1, 0.3], help="backbone's: pre-trained, scratch")
     options, options.more = parser.parse_known_args(arguments)
     options.folds = options.folds or {"faces": 4, "characters": 2}.get(options.table)
