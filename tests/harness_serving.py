@@ -375,9 +375,10 @@ class Client:
         """Ask once; an exception leaves the request among the lost."""
         self.lost[step, person] = None
         status, answer = send(server, step, person)
-        if status not in (200, 201):
+        if status in (200, 201):
+            self.answers[step, person] = answer
+        else:
             self.wrong.append(("refused", step, person, status, answer))
-        self.answers[step, person] = answer
         del self.lost[step, person]
 
     def work(self, server, people, stop):
@@ -395,7 +396,7 @@ class Client:
         for (step, person), answer in self.answers.items():
             if step == "enroll":
                 found[person] = (answer["id"], f"p{person}")
-            else:
+            elif person in found:  # else its enrollment was refused, which is among the wrong
                 template, _ = found.pop(person)
                 found |= {person: (template, f"q{person}")} if step == "rename" else {}
         return dict(found.values())

@@ -28,6 +28,7 @@ from harness_gallery import (
 from embedlab import Gallery
 from embedlab.retrieval import GalleryError
 from embedlab.retrieval import store as storage
+from embedlab.retrieval.folder import FolderGallery
 from embedlab.retrieval.store import Store
 
 HARNESS = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "OMP_NUM_THREADS": "1"}
@@ -427,7 +428,7 @@ def test_a_reader_that_mixes_generations_is_found(tmp_path, monkeypatch):
     def followed(reader, old):  # what is new, and the facts of now, but what went stays
         return old.appended(reader._store.load(after=old.meta.last_id))
 
-    monkeypatch.setattr(Gallery, "_followed", followed)
+    monkeypatch.setattr(FolderGallery, "_followed", followed)
 
     def again_and_again():
         for attempt in range(20):  # whether a reader looks in time is chance

@@ -80,7 +80,7 @@ def degrade(
     Example:
         >>> images = torch.full((2, 3, 8, 8), 128, dtype=torch.uint8)
         >>> degrade(images, torch.arange(2), "low_light", 3)[0, 0, 0, :4].tolist()
-        [44, 56, 55, 56]
+        [55, 50, 51, 50]
     """
     if name not in DEGRADATIONS:
         raise ValueError(f"There is no degradation {name!r}; there are {', '.join(DEGRADATIONS)}.")
