@@ -610,7 +610,11 @@ def _evaluate(options: argparse.Namespace) -> Result:
     if options.pictures and not options.degradations:
         raise ValueError("--pictures draws what --degradations measures; give both.")
     for path in filter(None, (options.out, options.report)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after the work
+        if path.is_dir():  # an error now, not after the work
+            raise ValueError(
+                f"{path} is a folder; --out and --report take the file to write, such as {path}/report.html."
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     found = [evaluate(subject, _plan(options, path)) for subject, path in _subjects(options)]
     if options.degradations:
@@ -720,9 +724,10 @@ def _evaluate_backbone(options: argparse.Namespace) -> Result:
             "--protocol needs PATH, --encoder and --reference, the labelled training images (or --reference-select, "
             "their rows of the same manifest)."
         )
-    if options.open_set or options.baselines or options.compare or options.report:
+    if options.open_set or options.baselines or options.compare or options.report or options.degradations:
         raise ValueError(
-            "--protocol measures one backbone; run --open-set, --baselines, --compare and --report without it."
+            "--protocol measures one backbone; run --open-set, --baselines, --compare, --report and --degradations "
+            "without it."
         )
     from embedlab._machine import versions
     from embedlab.encoders import Encoder

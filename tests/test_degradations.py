@@ -396,6 +396,11 @@ def test_two_encoders_are_compared_under_bad_conditions_and_the_report_shows_the
         (["--degradations", "fog"], "There is no degradation 'fog'; there are blur, noise"),
         (["--degradations", "all", "--severities", "7"], "Severities go from 1 to 5, got [7]"),
         (["--pictures", "here"], "--pictures draws what --degradations measures; give both"),
+        (
+            ["--protocol", "knn", "--reference", "here", "--degradations", "blur"],
+            "--report and --degradations without it",
+        ),
+        (["--report", "."], ". is a folder; --out and --report take the file to write"),
     ],
 )
 def test_a_wrong_call_is_refused(made, arguments, message, capsys) -> None:
