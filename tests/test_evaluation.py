@@ -319,7 +319,7 @@ def test_what_cannot_be_compared_or_measured_is_explained(folder, tmp_path, caps
     assert "x and y were not given the same queries in the same order (15 and 18 images)" in message
     assert "takes neither PATH nor --reference" in refused(capsys, "evaluate", table, "--compare", ours, theirs)
     assert "the two encoders of --compare need images" in refused(capsys, "evaluate", ours, "--compare", a, b)
-    assert "run --open-set, --baselines, --compare and --report without it" in refused(
+    assert "run --open-set, --baselines, --compare, --report and --degradations without it" in refused(
         capsys, "evaluate", table, "--encoder", a, "--reference-select", "split=gallery", "--protocol", "knn",
         "--report", tmp_path / "r.html",
     )  # fmt: skip
