@@ -638,9 +638,15 @@ def test_bad_folders_say_why(tmp_path, gallery):
         Gallery.create(tmp_path / "new")
     with pytest.raises(ValueError, match=r"holds no saved encoder: no encoder\.json"):
         Gallery.create(tmp_path / "new", tmp_path)
+    (tmp_path / "run" / "encoder").mkdir(parents=True)
+    for path, near in (("rnu/encoder", "did you mean .*/run"), ("run/encodr", "did you mean .*/run/encoder")):
+        with pytest.raises(ValueError, match=rf"No such file or folder: .*/{path}; {near}\? An encoder is the folder"):
+            Gallery.create(tmp_path / "new", tmp_path / path)
+    with pytest.raises(ValueError, match=r"No such file or folder: .*/model\.onnx; looked in /.* or an ONNX file\.$"):
+        Gallery.create(tmp_path / "new", tmp_path / "model.onnx")
     with pytest.raises(ValueError, match=r"whole number .* got 1\.5"):
         Gallery.create(tmp_path / "new", dim=1.5)
-    assert sorted(os.listdir(tmp_path)) == ["gallery"]
+    assert sorted(os.listdir(tmp_path)) == ["gallery", "run"]
 
 
 def test_a_creation_that_fails_leaves_nothing(tmp_path):

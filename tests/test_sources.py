@@ -210,6 +210,8 @@ def test_what_is_no_source(tmp_path: Path) -> None:
         open_source(tmp_path / "photos.png")
     with pytest.raises(ValueError, match=r"No such file or folder: .*zzzz; looked in"):
         open_source(tmp_path / "zzzz")
+    with pytest.raises(ValueError, match=rf"folder: .*nowhere/deep/x; looked in {re.escape(str(tmp_path))}\.$"):
+        open_source(tmp_path / "nowhere" / "deep" / "x")
     with pytest.raises(ValueError, match=r"notes\.txt is no source of images: expected a folder.*torchvision:NAME"):
         open_source(tmp_path / "notes.txt")
 

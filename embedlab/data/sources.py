@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import unquote
 
@@ -286,13 +286,21 @@ def open_source(path: str | os.PathLike[str], *, select: Mapping[str, str | Coll
     return source if select is None else source.select(select)
 
 
+def nothing_at(path: str | os.PathLike[str]) -> str:
+    """What to say of a path where nothing is: the first part of it that is missing may be a slip of the pen."""
+    missing = Path(path)
+    while not missing.parent.exists():
+        missing = missing.parent
+    folder = missing.parent
+    near = difflib.get_close_matches(missing.name, os.listdir(folder)) if folder.is_dir() else []
+    hint = f"did you mean {folder / near[0]}?" if near else f"looked in {folder.resolve()}."
+    return f"No such file or folder: {path}; {hint}"
+
+
 def _from_file(name: str) -> Source:
     suffix = _suffix(name)
     if not os.path.exists(name):
-        folder = os.path.dirname(os.path.abspath(name))
-        near = difflib.get_close_matches(os.path.basename(name), os.listdir(folder)) if os.path.isdir(folder) else []
-        hint = f"did you mean {os.path.join(os.path.dirname(name), near[0])}?" if near else f"looked in {folder}."
-        raise ValueError(f"No such file or folder: {name}; {hint}")
+        raise ValueError(nothing_at(name))
     if suffix == ".csv":
         return _from_table(name, _csv_rows(name))
     if suffix in (".parquet", ".pq"):

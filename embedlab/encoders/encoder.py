@@ -26,7 +26,7 @@ from embedlab._ops import normalize
 from embedlab._types import Embeddings
 from embedlab.data.embedding import embed_images, identity_hash
 from embedlab.data.images import SKIP_LIMIT, Fit, OnError, fit_batch
-from embedlab.data.sources import Source
+from embedlab.data.sources import Source, nothing_at
 from embedlab.data.views import FixedViews, color_statistics
 from embedlab.encoders.backbones import Pixels, ResNet, TimmBackbone
 from embedlab.encoders.heads import LinearHead, MLPHead, connect
@@ -331,6 +331,8 @@ def _digest(text: bytes, weights: bytes) -> str:
 
 
 def _read_checked(folder: Path) -> tuple[dict[str, Any], bytes]:
+    if not folder.exists():
+        raise EncoderError(f"{nothing_at(folder)} Expected the folder of a saved encoder.")
     if folder.suffix == ".onnx":
         raise EncoderError(
             f"{folder} is an exported file, which galleries and 'embedlab serve' run; this command takes the folder of "

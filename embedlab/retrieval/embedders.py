@@ -16,6 +16,7 @@ from embedlab._json import plain
 from embedlab._types import Embeddings, Vectors
 from embedlab.data.embedding import embed_images, identity_hash
 from embedlab.data.images import SKIP_LIMIT, Fit, OnError, available_cores, fit_batch
+from embedlab.data.sources import nothing_at
 from embedlab.retrieval._durable import new_folder
 
 ONNX_KEY = "embedlab"  # of the metadata in a file that we exported
@@ -434,6 +435,8 @@ def as_embedder(embedder: Any) -> Embedder:
     """
     if isinstance(embedder, str | Path):
         path = Path(embedder)
+        if not path.exists():
+            raise ValueError(f"{nothing_at(path)} An encoder is the folder of a saved one, or an ONNX file.")
         if path.suffix.lower() == ".onnx":
             return OnnxEmbedder(path)
         if not holds_embedder(path):

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors.numpy
 
 from embedlab._types import Embeddings, Ids, Vectors
+from embedlab.data.sources import nothing_at
 from embedlab.retrieval._durable import new_folder, write_file
 from embedlab.retrieval.embedders import as_array
 
@@ -393,7 +394,7 @@ def _labels_by_id(path: Path, ids: Ids) -> list[str]:
 
 def _require_file(path: Path) -> None:
     if not path.exists():
-        raise FileNotFoundError(f"No such file or folder: {path}; looked in {Path.cwd()}.")
+        raise FileNotFoundError(nothing_at(path))
 
 
 def _load_npy(path: Path) -> np.ndarray[Any, Any]:
