@@ -135,9 +135,26 @@ def test_what_does_not_belong_together_is_refused(photos, tmp_path, three, monke
     plan.write_text(plan.read_text().replace('"version": 1', '"version": 2'))
     assert "has version 2, this embedlab reads 1" in fails("--resume")
     assert main(command(photos, tmp_path / "out", "--overwrite")) == 0  # drops the unfinished one
-    assert "is finished" in fails("--resume")
+    assert "out was begun for something else: encoder was" in fails("--resume", encoder="other")
     assert "is not empty; choose a new folder or pass overwrite=True (--overwrite)" in fails()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_finished_run_has_nothing_to_resume(photos, tmp_path, three, monkeypatch, capsys, caplog):
+    assert main(command(photos, tmp_path / "out")) == 0
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "plan.json").write_text("{}")  # left by a kill in the last moment
+    monkeypatch.setattr(Encoder, "embed", None)
+    capsys.readouterr()
+    assert main(command(photos, tmp_path / "out", "--resume")) == 0
+    assert "out is finished: there is nothing left to do." in caplog.text
+    assert "20 images (20 were there), 48 numbers each" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == before
+    extra = photos / "p0" / "extra.png"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(extra)
+    assert main(command(photos, tmp_path / "out", "--resume")) == 1
+    extra.unlink()
+    assert "out was begun for something else: images was 20 and is 21; names and labels was" in capsys.readouterr().err
 
 
 def test_unreadable_images_count_over_all_parts(photos, tmp_path, monkeypatch, caplog):

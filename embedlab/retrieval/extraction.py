@@ -82,7 +82,7 @@ def extract(
         devices: Processes on this node, by Lightning's `Trainer.predict`: one per GPU, or so many on the processor. The
             calling program is started again for each.
         nodes: Nodes that share the work, on a file system that all see.
-        resume: Go on with a run that stopped.
+        resume: Go on with a run that stopped; one that is finished stays as it is.
         overwrite: Replace stored embeddings, and drop an unfinished run.
         progress: Show a bar on stderr: over all images, or the share of the first process.
 
@@ -91,10 +91,14 @@ def extract(
 
     Raises:
         ValueError: The folder is taken, an unfinished run without `resume`, nothing to resume, or a run that was begun
-            with another encoder, other images or another protocol.
+            (or finished) with another encoder, other images or another protocol.
     """
     started = time.perf_counter()
     work = Extraction(Path(folder), source, protocol)
+    if resume and (told := work.finished()):
+        logger.info("%s is finished: there is nothing left to do.", folder)
+        count, images = told["count"], len(source)
+        return Extracted(count, told["dim"], images - count, images, round(time.perf_counter() - started, 2))
     options = {"batch_size": batch_size, "precision": precision, "on_error": on_error, "skip_limit": 1.0}
     try:
         if devices * nodes > 1:
@@ -166,18 +170,27 @@ class Extraction:
                 f"{self.place} holds a run that was not finished: go on by resume=True (--resume), or delete it."
             )
         if not self.place.exists():
-            done = (self.folder / "protocol.json").is_file()
             if resume:
-                raise ValueError(
-                    f"Nothing to resume: there is no {self.place}. "
-                    + (f"{self.folder} is finished." if done else "Start it without --resume.")
-                )
+                raise ValueError(f"Nothing to resume: there is no {self.place}. Start it without --resume.")
             refuse_taken(self.folder, self._protocol, overwrite=overwrite)
             with new_folder(self.place) as building:
                 plan = {"version": VERSION, "rows_per_part": ROWS, "of": self._wanted}
                 (building / PLAN).write_text(json.dumps(plan), encoding="utf-8")
         refuse_taken(self.folder, self._protocol, overwrite=overwrite)
-        self._require_same()
+        self._require_same(self.place, self._plan["of"])
+
+    def finished(self) -> dict[str, Any] | None:
+        """The protocol of stored embeddings that are whole, made for the same; None where there are none.
+
+        Raises:
+            ValueError: They were made for something else.
+        """
+        if self.place.exists() or not (self.folder / "protocol.json").is_file():
+            return None
+        told = read_protocol(self.folder)
+        self._require_same(self.folder, {name: told.get(name) for name in self._wanted})
+        (self.folder / PLAN).unlink(missing_ok=True)  # a kill may have left it
+        return told
 
     @property
     def begun(self) -> bool:
@@ -198,12 +211,12 @@ class Extraction:
             )
         return plan
 
-    def _require_same(self) -> None:
-        before, now = self._plan["of"], json.loads(json.dumps(self._wanted))
+    def _require_same(self, place: Path, before: dict[str, Any]) -> None:
+        now = json.loads(json.dumps(self._wanted))
         if changed := [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]:
             told = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
             raise ValueError(
-                f"{self.place} was begun for something else: {told}. Parts of both would not belong together; choose "
+                f"{place} was begun for something else: {told}. Parts of both would not belong together; choose "
                 "another --out, or delete that folder."
             )
 
@@ -268,7 +281,7 @@ class Extraction:
             [self.source.names[row] for row in ids.tolist()],
         )
         files = {part_name(part): note["digest"] for part, note in enumerate(notes) if note}
-        write_protocol(self.place, rows, self._protocol, files)
+        write_protocol(self.place, rows, self._wanted, files)
 
     def _beside(self, part: int) -> Path:
         return self.place / f"part-{part:05d}.json"
