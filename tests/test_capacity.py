@@ -1,5 +1,6 @@
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,5 +151,14 @@ def test_no_batch_is_an_error() -> None:
 @pytest.mark.parametrize("device", ["potato", "cuda:63"])
 def test_a_device_that_is_not_there_is_an_error(device) -> None:
     encoder = Encoder(ResNet("resnet10", stem="small", width=0.125), image_size=8)
-    with pytest.raises(ValueError, match=f"There is no device '{device}' here .*; leave it out, or name cpu"):
+    there = r": torch \d.* sees cpu( and cuda:0)?.* Name one of these, or leave it out\."
+    with pytest.raises(ValueError, match=f"There is no device '{device}' here{there}") as told:
         measure_capacity(encoder, device=device)
+    assert told.value.__cause__ is None, "our words, not PyTorch's"
+
+
+@pytest.mark.parametrize(("threads", "text"), [(1, ", 1 thread, float32"), (2, ", 2 threads, float32")])
+def test_threads_are_counted_in_words(threads, text) -> None:
+    encoder = Encoder(ResNet("resnet10", stem="small", width=0.125), image_size=8)
+    found = measure_capacity(encoder, batches=[1], seconds=0)
+    assert text in replace(found, threads=threads).to_text()

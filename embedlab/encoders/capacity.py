@@ -114,7 +114,7 @@ class Capacity:
             )
         lines = [
             f"{size}, {self.dim} numbers per embedding",
-            f"{self.device}, {self.threads} threads, {self.precision}",
+            f"{self.device}, {self.threads} thread{'' if self.threads == 1 else 's'}, {self.precision}",
             "",
             f"{'batch':>6}{'latency':>14}{'throughput':>18}{'peak memory':>16}",
         ]
@@ -211,13 +211,14 @@ def _place(device: str | torch.device | None) -> torch.device:
     """A device that is there; None is a GPU where there is one."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"There is no device {str(device)!r} here ({reason}); leave it out, or name cpu.") from error
-    return place
+    kind = torch.accelerator.current_accelerator()
+    there = ["cpu", *(f"{kind}:{number}" for number in range(torch.accelerator.device_count()))]
+    if str(device) not in {*there, *(name.partition(":")[0] for name in there)}:
+        raise ValueError(
+            f"There is no device {str(device)!r} here: torch {torch.__version__} sees {' and '.join(there)}. Name one "
+            "of these, or leave it out."
+        )
+    return torch.device(device)
 
 
 def _images(encoder: Encoder | ExportedFile, batch: int, place: torch.device) -> Tensor:
