@@ -31,6 +31,7 @@ ONE_PROBE_HELP = "all images are of one probe, such as the frames of one visit"
 GALLERY_HELP = "folder of the gallery, or its address: milvus://HOST:PORT/NAME, milvus:FILE.db"
 KEPT_ELSEWHERE_HELP = "encoder or ONNX file that the gallery was made with, where it keeps none (on Milvus)"
 LABELS_HELP = "labels of the vectors: text with one per line, .npy, or .csv with the columns id,label"
+SETTINGS = ("fusion", "vote_k", "search", "search_recall")  # of a gallery
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -212,8 +213,8 @@ def _add_evaluate(commands: Any) -> None:
     group.add_argument("--open-set", action="store_true", help="run the trial")
     group.add_argument("--calibrate", metavar="PATH", help="what sets the threshold (default: rows of PATH)")
     group.add_argument("--calibrate-select", nargs="+", metavar="COLUMN=VALUE", help="rows that set the threshold")
-    group.add_argument("--fpir", type=float, default=0.05, help="promised false-positive identification rate")
-    group.add_argument("--templates", type=_count, default=3, help="enrolled images per identity, without --reference")
+    group.add_argument("--fpir", type=float, help="promised false-positive identification rate (default: 0.05)")
+    group.add_argument("--templates", type=_count, help="enrolled images per identity, without --reference (3)")
     group.add_argument("--seed", type=int, default=0, help="of the halves and templates; the first of --seeds")
     group = parser.add_argument_group(
         "bad conditions",
@@ -226,7 +227,7 @@ def _add_evaluate(commands: Any) -> None:
         metavar="NAME",
         help="all, or some of blur noise low_light haze jpeg downscale rain occlusion",
     )
-    group.add_argument("--severities", type=_count, nargs="+", default=(1, 2, 3, 4, 5), help="from 1 to 5")
+    group.add_argument("--severities", type=_count, nargs="+", help="from 1 to 5 (default: all)")
     group.add_argument("--pictures", type=Path, help="folder for robustness.png and degradations.png")
     group = parser.add_argument_group(
         "protocols for a pre-trained backbone",
@@ -235,12 +236,12 @@ def _add_evaluate(commands: Any) -> None:
     group.add_argument(
         "--protocol", nargs="+", choices=["knn", "linear", "low-shot"], help="knn is done with k = 200 and --knn-k"
     )
-    group.add_argument("--seeds", type=_count, default=3, help="how many, for mean and standard deviation")
+    group.add_argument("--seeds", type=_count, help="how many, for mean and standard deviation (default: 3)")
     group.add_argument(
-        "--shares", type=float, nargs="+", default=(0.01, 0.1), help="of the training labels, for low-shot fine-tuning"
+        "--shares", type=float, nargs="+", help="of the training labels, for low-shot fine-tuning (default: 0.01 0.1)"
     )
-    group.add_argument("--steps", type=_count, default=300, help="of low-shot fine-tuning")
-    group.add_argument("--flip", type=float, default=0.5, help="in fine-tuning, probability of a left-right flip")
+    group.add_argument("--steps", type=_count, help="of low-shot fine-tuning (default: 300)")
+    group.add_argument("--flip", type=float, help="in fine-tuning, probability of a left-right flip (default: 0.5)")
 
 
 def _add_oneshot(commands: Any) -> None:
@@ -256,9 +257,9 @@ def _add_oneshot(commands: Any) -> None:
         metavar="FOLDER",
         help="first write RUNS_DIR, a new folder, from FOLDER/ALPHABET/CHARACTER/NAME_DRAWER.png",
     )
-    group.add_argument("--runs", type=_count, default=20, help="how many (default: 20)")
-    group.add_argument("--ways", type=_count, default=20, help="characters of each (default: 20)")
-    group.add_argument("--seed", type=int, default=0, help="of the draw")
+    group.add_argument("--runs", type=_count, help="how many (default: 20)")
+    group.add_argument("--ways", type=_count, help="characters of each (default: 20)")
+    group.add_argument("--seed", type=int, help="of the draw (default: 0)")
 
 
 def _add_audit(commands: Any) -> None:
@@ -463,6 +464,24 @@ def _add_configuring(parser: Any) -> None:
     parser.add_argument("--cohort-k", type=_count, help="highest scores with the cohort that count")
 
 
+# ---- what was given ------------------------------------------------------------------------------------------------
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of the options that were given; the others keep the defaults of what they are passed to."""
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _require(options: argparse.Namespace, switch: str, *names: str) -> None:
+    """Refuse options that mean nothing without another one."""
+    flag, *flags = (f"--{name.replace('_', '-')}" for name in (switch, *_given(options, *names)))
+    if flags and not getattr(options, switch):
+        belong = "belong" if len(flags) > 1 else "belongs"
+        raise ValueError(
+            f"{', '.join(flags)} {belong} to {flag}, which was not given; add it, or leave out {', '.join(flags)}."
+        )
+
+
 # ---- reading what PATH names ---------------------------------------------------------------------------------------
 
 
@@ -602,13 +621,14 @@ def _embed(options: argparse.Namespace) -> Result:
 
 
 def _evaluate(options: argparse.Namespace) -> Result:
+    _require(options, "open_set", "calibrate", "calibrate_select", "fpir", "templates")
+    _require(options, "degradations", "severities", "pictures")
+    _require(options, "protocol", "seeds", "shares", "steps", "flip")
     if options.protocol:
         return _evaluate_backbone(options)
     from embedlab.retrieval import comparison, findings
     from embedlab.retrieval.evaluation import evaluate, protocol_of, to_text
 
-    if options.pictures and not options.degradations:
-        raise ValueError("--pictures draws what --degradations measures; give both.")
     for path in filter(None, (options.out, options.report)):
         if path.is_dir():  # an error now, not after the work
             raise ValueError(
@@ -657,13 +677,11 @@ def _plan(options: argparse.Namespace, path: str) -> Plan:
         calibrate=options.calibrate,
         calibrate_select=_selection(options.calibrate_select),
         knn_k=options.knn_k,
-        fpir=options.fpir,
-        templates=options.templates,
         seed=options.seed,
         verification=not options.no_verification,
         coarse=options.coarse,
         degradations=options.degradations,
-        severities=options.severities,
+        **_given(options, "fpir", "templates", "severities"),
     )
 
 
@@ -742,10 +760,8 @@ def _evaluate_backbone(options: argparse.Namespace) -> Result:
         _source(options.path, options.select),
         protocols=options.protocol,
         k=list(dict.fromkeys([200, options.knn_k])),
-        shares=options.shares,
-        seeds=range(options.seed, options.seed + options.seeds),
-        steps=options.steps,
-        flip=options.flip,
+        seeds=range(options.seed, options.seed + (options.seeds or 3)),
+        **_given(options, "shares", "steps", "flip"),
         batch_size=options.batch_size,
         precision=options.precision,
         on_error=options.on_error,
@@ -779,15 +795,17 @@ def _oneshot(options: argparse.Namespace) -> Result:
     from embedlab.retrieval.embedders import as_embedder, on_device
     from embedlab.retrieval.oneshot import draw_runs, evaluate_runs, read_runs
 
+    _require(options, "draw", "runs", "ways", "seed")
     runs = [] if options.draw else read_runs(options.path)  # an error before the encoder is loaded
     encoder: Any = on_device(as_embedder(options.encoder))
-    drawn = None
+    drawing: dict[str, Any] = {}
     if options.draw:
-        drawn = draw_runs(options.draw, options.path, runs=options.runs, ways=options.ways, seed=options.seed)
+        drawing = {"runs": 20, "ways": 20, "seed": 0} | _given(options, "runs", "ways", "seed")
+        drawing["alphabets"] = draw_runs(options.draw, options.path, **drawing)
         runs = read_runs(options.path)
     result = evaluate_runs(encoder, options.path, runs, batch_size=options.batch_size, precision=options.precision)
-    protocol = {name: getattr(options, name) for name in ("path", "draw", "seed", "precision")}
-    protocol |= {"alphabets": drawn, "preprocessing": encoder.preprocessing}
+    protocol = {name: getattr(options, name) for name in ("path", "draw", "precision")} | drawing
+    protocol["preprocessing"] = encoder.preprocessing
     low, high = result["interval"]
     lines = [f"{run['run']:10}{run['error']:7.1%}  of {run['trials']}, {run['ways']} ways" for run in result["runs"]]
     lines.append(
@@ -896,23 +914,19 @@ def _create(options: argparse.Namespace) -> Result:
     from embedlab.retrieval import Gallery
 
     with Gallery.create(
-        options.gallery, options.encoder, dim=options.dim, thumbnails=options.thumbnails, **_settings(options)
+        options.gallery,
+        options.encoder,
+        dim=options.dim,
+        thumbnails=options.thumbnails,
+        **_given(options, *SETTINGS),
     ) as gallery:
         return {**gallery.info(), "text": f"{options.gallery}: empty gallery for {gallery.dim} numbers per vector"}
-
-
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given."""
-    names = ("fusion", "vote_k", "search", "search_recall")
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
 def _configure(options: argparse.Namespace) -> Result:
     from embedlab.retrieval import Gallery
 
-    wanted = _settings(options) | {
-        name: getattr(options, name) for name in ("normalisation", "cohort_k") if getattr(options, name) is not None
-    }
+    wanted = _given(options, *SETTINGS, "normalisation", "cohort_k")
     if not wanted and not options.cohort:
         raise ValueError("gallery configure takes what to change, such as --fusion mean; 'gallery info' shows it all.")
     with Gallery.open(options.gallery, options.encoder) as gallery:

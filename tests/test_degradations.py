@@ -395,7 +395,13 @@ def test_two_encoders_are_compared_under_bad_conditions_and_the_report_shows_the
     [
         (["--degradations", "fog"], "There is no degradation 'fog'; there are blur, noise"),
         (["--degradations", "all", "--severities", "7"], "Severities go from 1 to 5, got [7]"),
-        (["--pictures", "here"], "--pictures draws what --degradations measures; give both"),
+        (
+            ["--severities", "3", "--pictures", "here"],
+            "--severities, --pictures belong to --degradations, which was not given; add it, or leave out --severities",
+        ),
+        (["--fpir", "0.1"], "--fpir belongs to --open-set, which was not given; add it, or leave out --fpir."),
+        (["--calibrate-select", "a=b"], "--calibrate-select belongs to --open-set, which was not given"),
+        (["--seeds", "2", "--flip", "0"], "--seeds, --flip belong to --protocol, which was not given"),
         (
             ["--protocol", "knn", "--reference", "here", "--degradations", "blur"],
             "--report and --degradations without it",

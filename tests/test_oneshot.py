@@ -230,11 +230,18 @@ def test_command(runs: Path, characters: Path, tmp_path: Path, capsys: pytest.Ca
     assert [row["error"] for row in found["runs"]] == [0.25, 0, 0.5]
     assert found["error"] == pytest.approx(0.25)
     assert found["protocol"]["preprocessing"]["test_views"]["count"] == 2
-    drawn = str(tmp_path / "drawn")
-    assert main(["oneshot", drawn, "--draw", str(characters), "--ways", "3", "--runs", "2", "--encoder", encoder]) == 0
+    assert main(["oneshot", str(runs), "--encoder", encoder, "--runs", "1", "--seed", "0"]) == 1
+    message = "--runs, --seed belong to --draw, which was not given; add it, or leave out --runs, --seed."
+    assert message in capsys.readouterr().err
+    drawn = [str(tmp_path / "drawn"), "--draw", str(characters), "--ways", "3", "--runs", "2"]
+    assert main(["oneshot", *drawn, "--encoder", encoder]) == 0
     out = capsys.readouterr().out
     assert "run02        0.0%  of 3, 3 ways" in out
     assert "error 0.00% [0.00%, 39.03%], mean of 2 runs with 6 trials; 95 % over trials" in out
+    again = [str(tmp_path / "again"), *drawn[1:]]
+    assert main(["oneshot", *again, "--encoder", encoder, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["protocol"]
+    assert (told["runs"], told["ways"], told["seed"], len(told["alphabets"])) == (2, 3, 0, 2)
     assert main(["oneshot", str(tmp_path / "nowhere"), "--encoder", encoder]) == 1
     assert "embedlab: error: " in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
