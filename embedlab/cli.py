@@ -1183,7 +1183,8 @@ def _info(options: argparse.Namespace) -> Result:
     shown |= info["settings"] | {"normalisation": "as-norm" if info["settings"].get("normalisation") else "none"}
     shown["search"] = f"{info['search']['kind']}, now {info['search']['used']}"
     if promise := info["calibration"]:
-        shown |= {name: promise[name] for name in ("threshold", "verification_threshold", "fpir", "bound", "source")}
+        digits = {"threshold": ".4f", "verification_threshold": ".4f", "fpir": ".4g", "bound": ".4g", "source": ""}
+        shown |= {name: format(promise[name], form) for name, form in digits.items() if promise[name] is not None}
     lines = [f"{name:22s}  {value}" for name, value in shown.items() if value is not None]
     return {**info, "text": "\n".join(lines)}
 

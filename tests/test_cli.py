@@ -323,6 +323,11 @@ def test_a_gallery_is_configured_and_flags_that_do_nothing_are_refused(pictures,
     assert ask(capsys, *promised, "--one-probe")["images"] == 20
     ask(capsys, "gallery", "configure", gallery, "--normalisation", "as-norm", "--cohort", others, "--cohort-k", "5")
     assert "as-norm" in ask_text(capsys, "gallery", "info", gallery)
+    promise = ask(capsys, *promised)
+    lines = ask_text(capsys, "gallery", "info", gallery).splitlines()
+    for name, shown in (("threshold", f"{promise['threshold']:.4f}"), ("bound", f"{promise['bound']:.4g}")):
+        assert f"{name:22s}  {shown}" in lines
+    assert ask(capsys, "gallery", "info", gallery)["calibration"]["threshold"] == promise["threshold"]
 
 
 def test_open_set_trial_from_the_command_line(run, capsys) -> None:

@@ -262,7 +262,9 @@ def test_every_flipped_byte_is_found(tmp_path) -> None:
 
 
 def test_format_version_and_missing_files_are_explained(tmp_path, monkeypatch) -> None:
-    with pytest.raises(EncoderError, match=r"No such file or folder: .*/run; looked in .* Expected the folder of a sav"):
+    with pytest.raises(
+        EncoderError, match=r"No such file or folder: .*/run; looked in .* Expected the folder of a sav"
+    ):
         Encoder.load(tmp_path / "run")
     with pytest.raises(EncoderError, match="holds no saved encoder .*expected encoder.json"):
         Encoder.load(tmp_path)
