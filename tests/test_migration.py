@@ -24,6 +24,7 @@ from embedlab.retrieval import (
     _durable,
     migrate,
     migration,
+    store,
 )
 
 PEOPLE, SHOTS, STRANGERS = 6, 3, 70
@@ -248,6 +249,45 @@ def test_who_reads_the_old_gallery_is_told_and_never_answered(door, images):
                 ask()
     with Gallery.open(door, NEW, read_only=True) as reader:
         assert reader.identify(probe)[0].label == "p005"
+
+
+def test_nobody_else_writes_between_the_first_image_and_the_swap(door, images, monkeypatch):
+    wanted, turned_away = with_strangers(images), []
+
+    def first(name):
+        call = getattr(migration, name)
+
+        def act(*arguments):
+            for attempt in (lambda: Gallery.open(door), lambda: migrate(door, NEW, recalibration=wanted)):
+                with pytest.raises(GalleryLocked, match=rf"door is open for writing in process {os.getpid()} on "):
+                    attempt()
+            turned_away.append(name)
+            return call(*arguments)
+
+        return act
+
+    for name in ("_embedded", "exchange"):
+        monkeypatch.setattr(migration, name, first(name))
+    assert migrate(door, NEW, recalibration=wanted).switched
+    assert set(turned_away) == {"_embedded", "exchange"}
+    with Gallery.open(door, NEW) as gallery:
+        assert len(gallery) == PEOPLE * SHOTS
+
+
+def test_a_writer_that_comes_as_the_folders_swap_locks_the_new_gallery(door, images, monkeypatch):
+    wanted, lock = with_strangers(images), store._lock_file
+
+    def late(handle):  # the lock file of the old gallery is open by now
+        monkeypatch.setattr(store, "_lock_file", lock)
+        migrate(door, NEW, recalibration=wanted)
+        lock(handle)
+
+    monkeypatch.setattr(store, "_lock_file", late)
+    with Gallery.open(door, NEW) as gallery:
+        assert gallery.fingerprint == "coarse 2"
+        with pytest.raises(GalleryLocked, match="door is open for writing"):
+            Gallery.open(door)
+        Gallery.open(door.with_name("door.before-migration"), OLD).close()
 
 
 def test_other_files_in_the_folder_come_along(door, images):
