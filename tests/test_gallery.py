@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -887,6 +888,45 @@ def test_backup_while_changing_is_a_whole_generation(gallery, tmp_path):
         assert copy.check().ok
     with pytest.raises(ValueError, match="is already a gallery"):
         gallery.backup(tmp_path / "copy")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be locked there")
+def test_a_backup_deletes_what_a_killed_one_left_and_nothing_in_use(gallery, tmp_path):
+    """One process dies in the middle of its copy, another is still at it."""
+    code = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from embedlab.retrieval._durable import new_folder
+        with new_folder(Path(sys.argv[1])) as building:
+            (building / "gallery.db").write_bytes(b"faces")
+            print(building.name, flush=True)
+            if sys.argv[2] == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            input()
+    """
+
+    def starts(end):
+        command = [sys.executable, "-c", code, tmp_path / "copy", end]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def left():
+        return {path.name for path in tmp_path.glob(".*.new-*")}
+
+    with starts("waits") as busy:
+        alive = busy.stdout.readline().strip()
+        with starts("dies") as killed:
+            dead = killed.stdout.readline().strip()
+        assert killed.returncode == -signal.SIGKILL
+        assert left() == {alive, dead}
+        gallery.backup(tmp_path / "copy")
+        assert left() == {alive}
+        assert (tmp_path / alive / "gallery.db").read_bytes() == b"faces"
+        busy.kill()
+    shutil.rmtree(tmp_path / "copy")
+    gallery.backup(tmp_path / "copy")
+    assert not left()
+    with Gallery.open(tmp_path / "copy") as copy:
+        assert copy.check().ok
 
 
 def test_compact_gives_space_back(tmp_path):

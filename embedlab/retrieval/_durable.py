@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import os
 import shutil
 import tempfile
@@ -26,6 +27,8 @@ def sync(path: Path) -> None:
 def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """Fill a folder beside `folder`, which takes its name only when everything in it is on the disk.
 
+    What a process left that was killed while it filled one for the same place is deleted first.
+
     Args:
         folder: Where the result belongs; absent or empty, unless `replace`.
         replace: Put an existing folder aside and delete it once the new one is in place.
@@ -34,13 +37,55 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         The folder to fill, mode 0700. When the block raises, nothing of it stays.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    sweep(folder)
+    building, lock = _begun(folder)
     try:
         yield building
         put_in_place(building, folder, replace=replace)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+    finally:
+        _release(lock)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what `new_folder` left in processes that were killed; those that live hold a lock, and theirs stays."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.new-*"):
+        if (lock := _locked(path, wait=False)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            _release(lock)
+
+
+def _begun(folder: Path) -> tuple[Path, int | None]:
+    """An empty folder to fill, with its lock."""
+    while True:
+        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+        lock = _locked(building, wait=True)
+        if building.exists():
+            return building, lock
+        _release(lock)  # swept by another process before it was locked
+
+
+def _locked(folder: Path, *, wait: bool) -> int | None:
+    """A lock that the system drops when the process dies; None where another has it, or folders cannot be locked."""
+    if os.name == "nt":
+        return None
+    import fcntl
+
+    lock = None
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        _release(lock)
+        return None
+    return lock
+
+
+def _release(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
 
 
 def put_in_place(building: Path, folder: Path, *, replace: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from embedlab._types import Embeddings, Ids, Vectors
 from embedlab.data.images import ImageError
 from embedlab.data.sources import Source
 from embedlab.retrieval import store as storage
-from embedlab.retrieval._durable import exchange, finish_exchange, new_folder, put_in_place, sync, write_file
+from embedlab.retrieval._durable import exchange, finish_exchange, new_folder, put_in_place, sweep, sync, write_file
 from embedlab.retrieval.embedders import CallableEmbedder, Embedder, as_embedder
 from embedlab.retrieval.folder import FolderGallery
 from embedlab.retrieval.gallery import Enrollment, Gallery, _kind, references_of
@@ -270,7 +269,7 @@ def migrate(
             contents = old._store.load()
         wanted = _checked(old, made, wanted, cohort, moves=to is not None)
         work.refuse_taken()
-        work.sweep()
+        sweep(work.place)
         rows, paths, dropped = _sources(contents, made, drop)
         with _begun(work, old, contents, made, drop) as new:
             dropped += _fill(old, new, contents, rows, paths, made, drop=drop, progress=progress)
@@ -425,11 +424,6 @@ class _Work:
         waste = self.place.with_name(f".{self.place.name}.new-{os.getpid()}")
         self.place.rename(waste)
         shutil.rmtree(waste)
-
-    def sweep(self) -> None:
-        """Delete what a run left that was killed while it made or deleted the folder."""
-        for path in self.place.parent.glob(f".{glob.escape(self.place.name)}.new-*"):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _checked(
