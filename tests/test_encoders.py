@@ -263,7 +263,7 @@ def test_every_flipped_byte_is_found(tmp_path) -> None:
 
 def test_format_version_and_missing_files_are_explained(tmp_path, monkeypatch) -> None:
     with pytest.raises(
-        EncoderError, match=r"No such file or folder: .*/run; looked in .* Expected the folder of a sav"
+        EncoderError, match=r"No such file or folder: .*/run; looked in .* Expected the folder of a saved"
     ):
         Encoder.load(tmp_path / "run")
     with pytest.raises(EncoderError, match="holds no saved encoder .*expected encoder.json"):
