@@ -515,6 +515,12 @@ def test_a_browser_shows_it_and_asks_nobody(browser, reports, tmp_path, name, wi
     assert page.locator(".shot img").first.is_visible()
     if scripted:
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        parts, style = "[...document.querySelectorAll('.figure > *')]", "getComputedStyle"
+        room = f"part.parentElement.clientWidth - 2 * parseFloat({style}(part.parentElement).paddingLeft)"
+        assert page.evaluate(f"{parts}.filter(part => part.scrollWidth > {room}).map(part => part.innerText)") == []
+        line = f"parseFloat({style}(part).lineHeight)"
+        wrapped = f"{parts}.filter(part => part.tagName == 'B' && part.offsetHeight > 1.5 * {line})"
+        assert page.evaluate(f"{wrapped}.map(part => part.innerText)") == []
         head = page.locator("#classes th button", has_text="MAP@R")
         rows = "[...document.querySelectorAll('#classes tbody tr')]"
         column = rows + ".map(row => +row.cells[4].dataset.value)"

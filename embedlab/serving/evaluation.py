@@ -160,14 +160,15 @@ def _tiles(found: Sequence[Evaluation], comparison: Mapping[str, Any] | None) ->
             continue
         row = comparison["figures"].get(key) if comparison else None
         if row is None:
-            shown, under = _percent(values[0][0]), _range(values[0][1])
+            shown, under = _percent(values[0][0]), [_small(_range(values[0][1]))]
         else:
             shown = f"{100 * row['first']:.1f} / {_percent(row['second'])}"
-            under = f"difference {_points_range(row['interval'])}" if row["interval"] else ""
-        tiles.append(tag("div", tag("b", shown), tag("span", name), _small(under), class_="figure"))
+            interval = row["interval"]
+            under = [_small("difference"), _small(_points_range(interval))] if interval else []
+        tiles.append(tag("div", tag("b", shown), tag("span", name), under, class_="figure"))
     told = f"95% intervals over {figures['identities']:,} identities, {_mode(found[0])}"
     return joined(
-        tag("div", tiles, class_="figures"),
+        tag("div", tiles, class_="figures two" if comparison else "figures"),
         tag(
             "p",
             f"{comparison['first']} / {comparison['second']}, with the paired interval of the difference in points; "
