@@ -23,6 +23,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -190,6 +191,24 @@ def pairs_sklearn() -> Call:
     return call
 
 
+def evaluation_ours() -> Call:
+    """All that `embedlab evaluate --report` does with stored vectors, from file to file."""
+    import numpy as np
+
+    from embedlab.cli import main as embedlab
+
+    def call(vectors: Any, labels: Any) -> Result:
+        with tempfile.TemporaryDirectory() as folder:
+            np.save(f"{folder}/vectors.npy", vectors.numpy())
+            np.save(f"{folder}/labels.npy", labels.numpy())
+            given = ["evaluate", f"{folder}/vectors.npy", "--labels", f"{folder}/labels.npy"]
+            assert embedlab([*given, "--report", f"{folder}/report.html", "--out", f"{folder}/report.json"]) == 0
+            found = json.loads(Path(folder, "report.json").read_text(encoding="utf-8"))["results"]["vectors"]
+        return {"recall_at_1": found["recall_at_1"], "auc": found["verification"]["auc"]}
+
+    return call
+
+
 # title: rows (None is --rows), classes (None is PER_CLASS rows each), ours, peers
 ROWS: dict[str, tuple[int | None, int | None, Callable[[], Call], dict[str, Callable[[], Call]]]] = {
     "three": (
@@ -209,6 +228,7 @@ ROWS: dict[str, tuple[int | None, int | None, Callable[[], Call], dict[str, Call
     "nearest": (None, None, nearest_ours, {"scikit-learn": nearest_sklearn}),
     "pairs small": (4_000, None, pairs_ours, {"scikit-learn": pairs_sklearn}),
     "pairs": (None, None, pairs_ours, {}),
+    "evaluation": (20_000, None, evaluation_ours, {}),
 }
 
 
