@@ -199,6 +199,13 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--coarse", metavar="COLUMN", help="coarser classes of a manifest: a near miss is better than a far one"
     )
+    parser.add_argument(
+        "--groups",
+        nargs="+",
+        metavar="COLUMN",
+        help="what is of the query's own group, such as its camera or track, does not count; several columns together "
+        "name a group, and 'label' is one: label camera is the rule of person re-identification",
+    )
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
     parser.add_argument(
         "--report", type=Path, help="also write a report with pictures for the browser to this HTML file"
@@ -680,6 +687,7 @@ def _plan(options: argparse.Namespace, path: str) -> Plan:
         seed=options.seed,
         verification=not options.no_verification,
         coarse=options.coarse,
+        groups=options.groups or (),
         degradations=options.degradations,
         **_given(options, "fpir", "templates", "severities"),
     )
@@ -742,11 +750,9 @@ def _evaluate_backbone(options: argparse.Namespace) -> Result:
             "--protocol needs PATH, --encoder and --reference, the labelled training images (or --reference-select, "
             "their rows of the same manifest)."
         )
-    if options.open_set or options.baselines or options.compare or options.report or options.degradations:
-        raise ValueError(
-            "--protocol measures one backbone; run --open-set, --baselines, --compare, --report and --degradations "
-            "without it."
-        )
+    others = ("open_set", "baselines", "compare", "report", "degradations", "coarse", "groups")
+    if given := [f"--{name.replace('_', '-')}" for name in others if getattr(options, name)]:
+        raise ValueError(f"--protocol measures one backbone; run {' and '.join(given)} without it.")
     from embedlab._machine import versions
     from embedlab.encoders import Encoder
     from embedlab.retrieval.embedders import on_device

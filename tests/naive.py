@@ -83,10 +83,12 @@ def naive_ndcg(hits, k=None):
     return gained / best if best else 0.0
 
 
-def naive_knn_accuracy(train, train_labels, test, test_labels, k, temperature):
-    """Wu et al. 2018, section 3.4; a tie goes to the class that sorts first."""
+def naive_knn_accuracy(train, train_labels, test, test_labels, k, temperature, groups=(None, None)):
+    """Wu et al. 2018, section 3.4; a tie goes to the class that sorts first, and without voters nobody is right."""
     right = 0
-    for i, ranking in enumerate(naive_rankings(test, train)):
+    for i, ranking in enumerate(naive_rankings(test, train, *groups)):
+        if not ranking:
+            continue
         votes = dict.fromkeys(sorted(set(train_labels)), 0.0)
         for j in ranking[:k]:
             dot = sum(float(x) * float(y) for x, y in zip(test[i], train[j], strict=True))

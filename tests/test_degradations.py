@@ -14,11 +14,10 @@ from embedlab.cli import main
 from embedlab.data import DEGRADATIONS, Degrade, ImageData, Source, Views, degrade
 from embedlab.data.degradations import SEVERITIES, _normal
 from embedlab.encoders import Encoder, ResNet
-from embedlab.metrics import knn_accuracy
 from embedlab.retrieval.evaluation import evaluate_open_set, evaluate_retrieval
 from embedlab.retrieval.robustness import CLEAN, embed_degraded, evaluate_robustness
 from embedlab.serving.pictures import draw_robustness
-from tests.naive import naive_matches_of_others
+from tests.naive import naive_hits, naive_matches_of_others, naive_rankings
 
 KINDS = list(DEGRADATIONS)
 
@@ -298,10 +297,13 @@ def test_leave_one_out_searches_the_clean_others() -> None:
     assert (row["degradation"], row["severity"], row["strength"]) == ("blur", 2, 0.015)
 
 
-def test_rows_that_are_to_be_the_same_are_as_many() -> None:
-    one, two = embeddings(), embeddings(30)
-    with pytest.raises(ValueError, match=r"same_rows says that .* in the same order, but they are 30 and 40"):
-        knn_accuracy(one.vectors, one.labels, two.vectors, two.labels, same_rows=True)
+def test_leave_one_out_of_degraded_queries_leaves_out_the_own_group() -> None:
+    clean, worse = embeddings(), embeddings(noise=1.5, seed=2)
+    groups = [f"camera {row % 3}" for row in range(len(clean))]
+    row = evaluate_robustness(clean, {("blur", 2): worse}, groups=groups)[0]["rows"][1]
+    hits = naive_hits(naive_rankings(worse.vectors, clean.vectors, groups, groups), clean.labels, clean.labels)
+    assert row["recall_at_1"] == pytest.approx(np.mean([hit[0] for hit in hits if any(hit)]))
+    assert row["without_match"] == sum(not any(hit) for hit in hits)
 
 
 def test_means_are_over_severities_and_kinds() -> None:
@@ -404,7 +406,7 @@ def test_two_encoders_are_compared_under_bad_conditions_and_the_report_shows_the
         (["--seeds", "2", "--flip", "0"], "--seeds, --flip belong to --protocol, which was not given"),
         (
             ["--protocol", "knn", "--reference", "here", "--degradations", "blur"],
-            "--report and --degradations without it",
+            "--protocol measures one backbone; run --degradations without it.",
         ),
         (["--report", "."], ". is a folder; --out and --report take the file to write"),
     ],

@@ -6,12 +6,15 @@ docs/evaluation.md.
 """
 
 import csv
+import itertools
 import json
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import naive
 import numpy as np
 import pytest
 from naive import naive_resampled_verification
@@ -27,7 +30,7 @@ from embedlab.retrieval import write_embeddings
 from embedlab.retrieval.comparison import compare
 from embedlab.retrieval.evaluation import Plan, evaluate
 from embedlab.retrieval.findings import class_figures, confusions, examples, nearest_of_class
-from embedlab.retrieval.subjects import short_names, stored_subject
+from embedlab.retrieval.subjects import Subject, short_names, stored_subject
 from embedlab.serving import evaluation, evaluation_pictures
 
 CLASSES, IMAGES = 10, 6
@@ -109,6 +112,77 @@ def test_every_figure_is_that_of_the_metrics(folder, capsys) -> None:
     assert figures["coarse"]["near_misses"] == pytest.approx(near)
 
 
+@pytest.mark.parametrize("columns", [["camera"], ["label", "camera"]], ids=" and ".join)
+@pytest.mark.parametrize("within", [True, False], ids=["leave-one-out", "reference"])
+def test_images_of_the_own_group_do_not_count(folder, tmp_path, capsys, within, columns) -> None:
+    """Camera 0 has the first pictures of each class, camera 1 the others and all of one class, which finds no mate."""
+    table = folder / f"cameras-{within}-{len(columns)}.csv"
+    with (folder / "all.csv").open() as file, table.open("w", newline="") as out:
+        rows = list(csv.DictReader(file))
+        for row in rows:
+            number = int(Path(row["path"]).stem)
+            row |= {"camera": str(int(number in (0, 1, 3) or row["label"] == "c1")), "split": "ab"[number % 2]}
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    sides = [] if within else ["--select", "split=a", "--reference-select", "split=b"]
+    report = tmp_path / "report.html"
+    found = ask(
+        capsys, "evaluate", table, "--encoder", folder / "a" / "encoder", *sides, "--groups", *columns, "--knn-k", "5",
+        "--coarse", "family", "--report", report,
+    )  # fmt: skip
+    chosen = [open_source(table, select=None if within else {"split": name}) for name in ("a", "b")]
+    held = [Encoder.load(folder / "a" / "encoder").embed(side, progress=False) for side in chosen]
+    vectors, labels = [side.vectors for side in held], [side.labels for side in held]
+    groups = [
+        [
+            (label, camera) if len(columns) == 2 else camera
+            for label, camera in zip(side.labels, side.columns["camera"], strict=True)
+        ]
+        for side in chosen
+    ]
+    hits = naive.naive_hits(naive.naive_rankings(*vectors, *groups), *labels)
+    counted = [hit for hit in hits if any(hit)]
+    figures = found["results"]["encoder"]
+    assert figures["without_match"] == len(hits) - len(counted) == (6 if within else 3)
+    assert figures["recall_at_5"] == pytest.approx(np.mean([naive.naive_recall_at_k(hit, 5) for hit in counted]))
+    assert figures["map_at_r"] == pytest.approx(np.mean([naive.naive_map_at_r(hit) for hit in counted]))
+    assert figures["cmc"][:3] == [pytest.approx(np.mean([any(hit[:k]) for hit in counted])) for k in (1, 2, 3)]
+    votes = naive.naive_knn_accuracy(vectors[1], labels[1], vectors[0], labels[0], 5, 0.1, groups)
+    assert figures["knn_accuracy"] == pytest.approx(votes)
+    pairs = itertools.combinations(range(60), 2) if within else itertools.product(range(30), range(30))
+    apart = [labels[0][a] == labels[1][b] for a, b in pairs if groups[0][a] != groups[1][b]]
+    told = figures["verification"]
+    assert (told["genuine"], told["impostors"]) == (sum(apart), len(apart) - sum(apart))
+    assert told["interval_pairs"] == {"genuine": told["genuine"], "impostors": told["impostors"]}
+    assert told["intervals"]["auc"][0] < told["auc"] < told["intervals"]["auc"][1]
+    assert found["protocol"]["groups"] == columns
+    text = require_harmless(report.read_text(encoding="utf-8")).text
+    assert f"own {' and '.join(columns)} left out" in text
+    assert f"queries without a class-mate of another {' and '.join(columns)} are left out" in text
+
+
+def test_groups_that_cannot_be_are_refused(folder, tmp_path, capsys) -> None:
+    encoder = ["--encoder", folder / "a" / "encoder"]
+    given = ["evaluate", folder / "all.csv", *encoder, "--groups"]
+    assert "There is no column 'camera' for --groups; there are ['family', 'split']." in refused(
+        capsys, *given, "camera"
+    )
+    assert "60 of 60 queries have no match to find" in refused(capsys, *given, "label")
+    trial = ["--open-set", "--calibrate-select", "split=calibrate"]
+    assert "--open-set has the same templates for all; run it without" in refused(capsys, *given, "family", *trial)
+    np.save(tmp_path / "v.npy", np.eye(4))
+    (tmp_path / "labels.txt").write_text("a\na\nb\nb\n")
+    stored = ["evaluate", tmp_path / "v.npy", "--labels", tmp_path / "labels.txt", "--groups", "camera"]
+    assert "There is no column 'camera' for --groups; there are none." in refused(capsys, *stored)
+    table = tmp_path / "gaps.csv"
+    table.write_text("path,label,camera\n" + "".join(f"{folder}/images/c{n}/0.png,c{n},{'x' * n}\n" for n in (0, 1)))
+    message = (
+        "An image has {'camera': ''} for --groups: images without a value would be of one group. Fill in the column"
+    )
+    assert message in refused(capsys, "evaluate", table, *encoder, "--groups", "camera")
+
+
 def test_the_protocol_says_how_it_was_made(folder, tmp_path, capsys) -> None:
     encoder = Encoder.load(folder / "a" / "encoder")
     found = ask(
@@ -179,12 +253,23 @@ def stored(place: Path, found: Embeddings, **protocol: object) -> Path:
     return place
 
 
-def test_classes_confusions_and_examples_by_loops(tmp_path) -> None:
+def with_column(place: Path, column: str, values: list[str]) -> Subject:
+    """Stored vectors as if they came from a manifest with this column."""
+    subject = stored_subject(str(place))
+    return replace(subject, read=lambda *where: replace(subject.read(*where), columns={column: values}))
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["", "groups"])
+def test_classes_confusions_and_examples_by_loops(tmp_path, grouped) -> None:
     held = people(12, 5, 1.3)
-    found = evaluate(stored_subject(str(stored(tmp_path / "v", held))), Plan(path=str(tmp_path / "v")))
+    cameras = ["left" if row % 5 < 2 else "right" for row in range(60)]
+    subject = with_column(stored(tmp_path / "v", held), "camera", cameras)
+    found = evaluate(subject, Plan(path=str(tmp_path / "v"), groups=["camera"] if grouped else ()))
     unit = held.vectors.astype(np.float64) / np.linalg.norm(held.vectors.astype(np.float64), axis=1, keepdims=True)
     scores = unit @ unit.T
     np.fill_diagonal(scores, -np.inf)
+    if grouped:
+        scores[np.array(cameras)[:, None] == np.array(cameras)] = -np.inf
     nearest = scores.argmax(axis=1)
     taken = Counter((label, held.labels[one]) for label, one in zip(held.labels, nearest, strict=True))
     wrong = {pair: times for pair, times in taken.items() if pair[0] != pair[1]}
@@ -220,6 +305,19 @@ def test_classes_confusions_and_examples_by_loops(tmp_path) -> None:
     assert [one.margin for one in shown["worst"]] == pytest.approx(
         [by_row[one.query] for one in shown["worst"]], abs=1e-6
     )
+
+
+def test_an_example_shows_as_many_as_groups_leave(tmp_path) -> None:
+    held = people(2, 3, 0.2)
+    subject = with_column(stored(tmp_path / "v", held), "camera", list("xxyyyx"))
+    found = evaluate(subject, Plan(path=str(tmp_path / "v"), groups=["camera"]))
+    shown = [one for kind in examples(found).values() for one in kind]
+    assert len(shown) == 6
+    for one in shown:
+        others = {0: {2, 3, 4}, 1: {2, 3, 4}, 5: {2, 3, 4}}.get(one.query, {0, 1, 5})
+        assert set(one.nearest) == others
+        assert len(one.nearest) == len(one.cosines) == len(one.right) == 3
+        assert one.right == tuple(held.labels[row] == held.labels[one.query] for row in one.nearest)
 
 
 def test_paired_differences_equal_the_loops(tmp_path, monkeypatch) -> None:
@@ -319,9 +417,9 @@ def test_what_cannot_be_compared_or_measured_is_explained(folder, tmp_path, caps
     assert "x and y were not given the same queries in the same order (15 and 18 images)" in message
     assert "takes neither PATH nor --reference" in refused(capsys, "evaluate", table, "--compare", ours, theirs)
     assert "the two encoders of --compare need images" in refused(capsys, "evaluate", ours, "--compare", a, b)
-    assert "run --open-set, --baselines, --compare, --report and --degradations without it" in refused(
+    assert "--protocol measures one backbone; run --report and --groups without it." in refused(
         capsys, "evaluate", table, "--encoder", a, "--reference-select", "split=gallery", "--protocol", "knn",
-        "--report", tmp_path / "r.html",
+        "--report", tmp_path / "r.html", "--groups", "family",
     )  # fmt: skip
 
 

@@ -91,6 +91,36 @@ def test_retrieval_equals_the_loops(name, grouped, kind):
 
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("kind", ["continuous", "ties"])
+@pytest.mark.parametrize("within", [True, False], ids=["leave-one-out", "reference"])
+def test_neighbours_and_their_votes_leave_out_the_own_group(within, kind):
+    query, query_labels = embeddings(23, 5, seed=1, kind=kind)
+    reference, reference_labels = (query, query_labels) if within else embeddings(41, 4, seed=2, kind=kind)
+    test, train = (query, query_labels), (reference, reference_labels)
+    sides = [np.arange(len(rows)) ** 2 % 5 for rows in (query, reference)]  # of unequal sizes
+    if not within:
+        sides[1][sides[1] == 4] = 1  # queries of this group may find anybody
+    groups = sides[0] if within else tuple(sides)
+    rankings = naive_rankings(query, reference, *sides)
+    for k in (1, 7, 40):
+        ids, scores = metrics.nearest_neighbours(query, None if within else reference, k=k, groups=groups)
+        assert [[place for place in row if place >= 0] for row in ids.tolist()] == [row[:k] for row in rankings]
+        np.testing.assert_array_equal(ids < 0, scores == -np.inf)
+        want = naive_knn_accuracy(*train, *test, k, 0.1, sides)
+        assert metrics.knn_accuracy(*train, *(() if within else test), k=k, groups=groups) == pytest.approx(want)
+
+
+def test_a_sample_without_voters_is_an_error_of_the_vote():
+    vectors, labels = np.eye(3) + 0.1, ["a", "a", "b"]
+    groups = (["x", "y", "y"], ["x", "x", "x"])
+    hits = metrics.knn_hits(vectors, labels, vectors, labels, k=1, groups=groups)
+    assert hits.tolist() == [False, True, True]
+    assert hits.mean() == naive_knn_accuracy(vectors, labels, vectors, labels, 1, 0.1, groups)
+    with pytest.raises(ValueError, match="has no voter: the groups leave out all samples for each one"):
+        metrics.knn_accuracy(vectors, labels, groups=["x", "x", "x"])
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("kind", ["continuous", "ties"])
 def test_cmc_is_recall_at_every_rank(kind):
     vectors, labels = embeddings(40, 8, kind=kind)
     labels[3] = 77

@@ -262,14 +262,14 @@ def test_sparse_tensors_are_vectors_too():
     assert metrics.recall_at_k(torch.eye(4).to_sparse(), [0, 0, 1, 1]) == metrics.recall_at_k(np.eye(4), [0, 0, 1, 1])
 
 
-def all_pairs(vectors, labels, groups=None):
+def all_pairs(vectors, labels, *groups):
     """Score and kind of every pair, by loops."""
     unit = vectors.astype(np.float64) / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     pairs = [
         (round(float(unit[i] @ unit[j]), 12), bool(labels[i] == labels[j]))
         for i in range(len(unit))
         for j in range(i + 1, len(unit))
-        if groups is None or groups[i] != groups[j]
+        if all(group is None or group[i] != group[j] for group in groups)
     ]
     return [np.array(side) for side in zip(*pairs, strict=True)]
 
@@ -297,6 +297,15 @@ def test_all_pairs_streamed_equal_all_pairs_listed(kind, grouped, tile, monkeypa
         assert (scores[~same] >= threshold - 1e-13).mean() <= target + 1e-12
     assert report.resolution == 1e-12
     assert report.to_dict()["auc"] == report.auc
+    if grouped:  # of two kinds, one that is shared suffices
+        both = [groups.astype(str), np.repeat(["query", "reference"], 45)]
+        scores, same = all_pairs(vectors, labels, groups, both[1])
+        report = metrics.verification_report(vectors, labels, far=0.1, groups=both)
+        assert (report.auc, report.genuine, report.impostors) == (
+            pytest.approx(metrics.roc_auc(scores, same), abs=1e-13),
+            same.sum(),
+            (~same).sum(),
+        )
 
 
 def test_more_genuine_pairs_than_can_be_held_cost_six_decimals_only(monkeypatch):

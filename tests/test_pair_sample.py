@@ -56,6 +56,40 @@ def test_drawn_pairs_are_of_their_kind_and_evenly_spread(sides) -> None:
     assert (other.impostors != found.impostors).any()
 
 
+@pytest.mark.parametrize("sides", [1, 2])
+def test_pairs_of_one_group_are_left_out_of_all_and_of_those_drawn(sides) -> None:
+    _, labels = data(40, 4)
+    others = labels if sides == 1 else data(35, 5, seed=1)[1]
+    tracks = [
+        np.random.default_rng(2).choice(["x", "y", "z"], len(side), p=[0.6, 0.3, 0.1]) for side in (labels, others)
+    ]
+    everything = itertools.combinations(range(40), 2) if sides == 1 else itertools.product(range(40), range(35))
+    if sides == 1:
+        tracks[1] = tracks[0]
+    pairs = [(a, b) for a, b in everything if tracks[0][a] != tracks[1][b]]
+    wanted = [{(a, b) for a, b in pairs if (labels[a] == others[b]) == same} for same in (True, False)]
+    given = {"groups": tracks[0]} if sides == 1 else {"reference_labels": others, "groups": tuple(tracks)}
+    for most in (10_000, 1000, 60):
+        found = draw_pairs(labels, **given, most=most)
+        assert (found.genuine_total, found.impostors_total) == tuple(map(len, wanted))
+        for drawn, allowed in zip((found.genuine, found.impostors), wanted, strict=True):
+            if len(allowed) <= most:
+                assert sorted(map(tuple, drawn.tolist())) == sorted(allowed)
+            else:
+                assert len(drawn) == most
+                assert {tuple(sorted(pair) if sides == 1 else pair) for pair in drawn.tolist()} <= allowed
+
+
+def test_genuine_pairs_of_two_groups_are_equally_likely() -> None:
+    labels, tracks = np.repeat([0, 1], [4, 4]), np.array([0, 0, 0, 1, 0, 0, 1, 1])  # 3 and 4 pairs
+    found = draw_pairs(labels, groups=tracks, most=6)
+    assert (found.genuine_total, len(found.genuine)) == (7, 6)
+    drawn = np.concatenate([draw_pairs(labels, groups=tracks, most=6, seed=seed).genuine for seed in range(700)])
+    _, counts = np.unique(np.sort(drawn, axis=1), axis=0, return_counts=True)
+    assert len(counts) == 7
+    assert np.abs(counts - 600).max() < 100  # four standard deviations
+
+
 def test_every_genuine_pair_is_equally_likely() -> None:
     labels = np.repeat([0, 1], [3, 4])  # 3 and 6 pairs
     counts = np.zeros((7, 7))

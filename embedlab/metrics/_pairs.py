@@ -1,6 +1,6 @@
 """All pairs of a set, streamed: how many impostor pairs lie below, at and above each genuine score?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
@@ -37,8 +37,8 @@ class PairCounts:
     resolution: float
 
 
-def count_pairs(rows: Rows, codes: Integers, groups: Integers | None, share: Share) -> PairCounts:
-    """Compare all pairs of rows (N, D) with classes `codes` (N,), leaving out pairs of one group."""
+def count_pairs(rows: Rows, codes: Integers, groups: Sequence[Integers], share: Share) -> PairCounts:
+    """Compare all pairs of rows (N, D) with classes `codes` (N,), leaving out those that share a group of any kind."""
     sizes = np.bincount(codes)
     decimals = DECIMALS if int((sizes * (sizes - 1) // 2).sum()) <= HELD else COARSE_DECIMALS
     levels, genuine = _levels(rows, codes, groups, decimals)
@@ -91,7 +91,7 @@ class _Places:
         return place
 
 
-def _levels(rows: Rows, codes: Integers, groups: Integers | None, decimals: int) -> tuple[Floats, Integers]:
+def _levels(rows: Rows, codes: Integers, groups: Sequence[Integers], decimals: int) -> tuple[Floats, Integers]:
     """Distinct genuine scores, rounded, and how many pairs have each."""
     scale = 10**decimals
     if decimals == DECIMALS:
@@ -105,7 +105,7 @@ def _levels(rows: Rows, codes: Integers, groups: Integers | None, decimals: int)
     return (present - scale) / scale, counts[present]
 
 
-def _genuine(rows: Rows, codes: Integers, groups: Integers | None) -> Iterator[Floats]:
+def _genuine(rows: Rows, codes: Integers, groups: Sequence[Integers]) -> Iterator[Floats]:
     """Cosines of all pairs of one class, class by class."""
     order = np.argsort(codes, kind="stable")
     ends = np.bincount(codes).cumsum()
@@ -113,18 +113,18 @@ def _genuine(rows: Rows, codes: Integers, groups: Integers | None) -> Iterator[F
         for a, b in _tiles(int(end - first), rows.dim):
             members = order[first:end]
             kept = _upper(a, b)
-            if groups is not None:
-                kept &= groups[members[a], None] != groups[members[b]]
+            for group in groups:
+                kept &= group[members[a], None] != group[members[b]]
             yield (rows.unit(members[a]) @ rows.unit(members[b]).T)[kept]
 
 
-def _impostors(rows: Rows, codes: Integers, groups: Integers | None, a: slice, b: slice) -> Floats:
+def _impostors(rows: Rows, codes: Integers, groups: Sequence[Integers], a: slice, b: slice) -> Floats:
     """Cosines of the pairs of two classes in one block."""
     kept = codes[a, None] != codes[b]
     if a == b:
         kept &= _upper(a, b)
-    if groups is not None:
-        kept &= groups[a, None] != groups[b]
+    for group in groups:
+        kept &= group[a, None] != group[b]
     scores = rows.unit(a) @ rows.unit(b).T
     return scores.ravel() if kept.all() else scores[kept]
 

@@ -556,6 +556,29 @@ class Problem:
             return np.equal(ids, rows[:, None])
         return np.zeros((len(rows), ids.shape[1]), dtype=np.bool_)
 
+    def nearest(self, rows: slice, k: int) -> tuple[Integers, Floats]:
+        """The k nearest candidates of some queries, ids (n, k) and cosines; behind the last -1 and -inf."""
+        query, numbers = self.query.unit(rows), np.arange(rows.start, rows.stop)
+        ids, scores = np.full((len(query), k), -1, dtype=np.int64), np.full((len(query), k), -np.inf)
+        everyone = np.arange(len(self.reference))[None]
+        want = min(len(self.reference), k + int((len(self.reference) - self.candidates[rows]).max()))
+        if want <= SHALLOW:
+            found, cosines = self.search.nearest(query, want)
+            excluded = self._excluded(numbers, found)
+            order = np.argsort(excluded, axis=1, kind="stable")[:, :k]  # those that count first, else as they were
+            counted = ~np.take_along_axis(excluded, order, axis=1)
+            ids[:, : order.shape[1]][counted] = np.take_along_axis(found, order, axis=1)[counted]
+            scores[:, : order.shape[1]][counted] = np.take_along_axis(cosines, order, axis=1)[counted]
+            return ids, scores
+        for part in blocks(len(query), max(1, BUDGET // (8 * len(self.reference)))):
+            whole = self.search.scores(query[part])
+            whole[self._excluded(numbers[part], everyone)] = -np.inf
+            for row, full in enumerate(whole, part.start):
+                count = min(k, int(self.candidates[numbers[row]]))
+                if count:
+                    ids[row, :count], scores[row, :count] = _first(full, count)
+        return ids, scores
+
     def _shallow(self, rows: Integers, depth: Integers, count: int) -> Matches:
         self.search.prepare(len(self.query))
         ids, _ = self.search.nearest(self.query.unit(rows), count)

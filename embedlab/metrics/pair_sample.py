@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from embedlab.metrics._arrays import Array, Floats, Integers, as_labels, encode_together
+from embedlab.metrics._arrays import Array, Booleans, Floats, Integers, as_labels, encode_together
 from embedlab.metrics._ranking import BUDGET, Rows
 from embedlab.metrics.verification import _equal_errors
 
 MOST = 300_000  # pairs of a kind
 LEVELS = 1024  # thresholds between which scores are not told apart in resamples
 _BLOCK = 4 << 20  # weights in memory at a time
+Marks = tuple[Integers, Integers] | None  # the group of each row of both sides
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +54,17 @@ class PairSample:
         return found[0], found[1]
 
 
-def draw_pairs(labels: Any, reference_labels: Any = None, *, most: int = MOST, seed: int = 0) -> PairSample:
+def draw_pairs(
+    labels: Any, reference_labels: Any = None, *, groups: Any = None, most: int = MOST, seed: int = 0
+) -> PairSample:
     """Take all pairs of a kind where there are at most `most`, else draw as many by the seed.
 
-    Which pairs are taken depends on labels, `most` and seed alone, so that two encoders are seen on the same ones.
+    Which pairs are taken depends on labels, groups, `most` and seed alone, so that two encoders are seen on the same.
 
     Args:
         labels: (N,) of the queries.
         reference_labels: (M,) of what they are compared with; None compares the queries with one another.
+        groups: Pairs within a group are left out: (N,), or with reference_labels a pair ((N,), (M,)).
         most: Pairs of each kind.
         seed: Of the draws.
 
@@ -76,32 +80,59 @@ def draw_pairs(labels: Any, reference_labels: Any = None, *, most: int = MOST, s
     first = as_labels(labels, "labels")
     second = first if within else as_labels(reference_labels, "reference_labels")
     left, right, names = encode_together(first, second, "labels and reference_labels")
-    sizes = [np.bincount(side, minlength=len(names)) for side in (left, right)]
-    per_class = sizes[0] * (sizes[0] - 1) // 2 if within else sizes[0] * sizes[1]
+    per_class = _per_code(left, right, len(names), within)
     everything = len(left) * (len(left) - 1) // 2 if within else len(left) * len(right)
-    genuine, impostors = int(per_class.sum()), everything - int(per_class.sum())
+    impostors = everything - int(per_class.sum())
+    marks = None if groups is None else _marks((groups, groups) if within else groups, left, right)
+    if marks is not None:
+        tracks = int(max(side.max() for side in marks)) + 1
+        both = np.concatenate([left, right]) * tracks + np.concatenate(marks)
+        cells, codes = np.unique(both, return_inverse=True)  # of one class and one group
+        shared = _per_code(codes[: len(left)], codes[len(left) :], len(cells), within)
+        np.subtract.at(per_class, cells // tracks, shared)
+        impostors -= int(_per_code(*marks, tracks, within).sum() - shared.sum())
+    genuine = int(per_class.sum())
     if not genuine or not impostors:
         raise ValueError(
             f"verification compares genuine with impostor pairs and needs both, got {genuine} genuine and {impostors} "
-            "impostors: a set of one class, or of classes of one?"
+            "impostors: a set of one class, of classes of one, or groups that exclude the rest?"
         )
     generator = np.random.default_rng(seed)
     drawn = [
-        _all_genuine(left, right, within)
+        _all_genuine(left, right, within, marks)
         if genuine <= most
-        else _some_genuine(left, right, per_class, within, generator, most),
-        _all_impostors(left, right, within) if everything <= 4 * most else np.empty((0, 2), dtype=np.int64),
+        else _some_genuine(left, right, per_class, within, marks, generator, most),
+        _all_impostors(left, right, within, marks) if everything <= 4 * most else np.empty((0, 2), dtype=np.int64),
     ]
     if everything > 4 * most or len(drawn[1]) > most:
-        drawn[1] = _some_impostors(left, right, generator, most)
+        drawn[1] = _some_impostors(left, right, marks, generator, most)
     return PairSample(drawn[0], drawn[1], (left, right), genuine, impostors)
 
 
-def _all_genuine(left: Integers, right: Integers, within: bool) -> Integers:
+def _marks(groups: Any, left: Integers, right: Integers) -> tuple[Integers, Integers]:
+    first, second = (as_labels(side, "groups", len(rows)) for side, rows in zip(groups, (left, right), strict=True))
+    return encode_together(first, second, "groups of both sides")[:2]
+
+
+def _apart(pairs: Integers, marks: Marks) -> Booleans:
+    """Which pairs (n, 2) are not of one group; without groups all."""
+    if marks is None:
+        return np.ones(len(pairs), dtype=np.bool_)
+    return np.not_equal(marks[0][pairs[:, 0]], marks[1][pairs[:, 1]])
+
+
+def _per_code(left: Integers, right: Integers, count: int, within: bool) -> Integers:
+    """Pairs of one code, for each of `count` codes."""
+    sizes = [np.bincount(side, minlength=count).astype(np.int64) for side in (left, right)]
+    return sizes[0] * (sizes[0] - 1) // 2 if within else sizes[0] * sizes[1]
+
+
+def _all_genuine(left: Integers, right: Integers, within: bool, marks: Marks) -> Integers:
     parts = []
     for mine, others in zip(_members(left, right), _members(right, left), strict=True):
         rows, columns = np.triu_indices(len(mine), 1) if within else np.indices((len(mine), len(others))).reshape(2, -1)
-        parts.append(np.stack([mine[rows], others[columns]], axis=1))
+        pairs = np.stack([mine[rows], others[columns]], axis=1)
+        parts.append(pairs[_apart(pairs, marks)])
     return np.concatenate(parts)
 
 
@@ -111,24 +142,34 @@ def _members(codes: Integers, others: Integers) -> list[Array]:
     return np.split(np.argsort(codes, kind="stable"), np.cumsum(sizes)[:-1])
 
 
-def _all_impostors(left: Integers, right: Integers, within: bool) -> Integers:
+def _all_impostors(left: Integers, right: Integers, within: bool, marks: Marks) -> Integers:
     rows, columns = np.triu_indices(len(left), 1) if within else np.indices((len(left), len(right))).reshape(2, -1)
     kept = left[rows] != right[columns]
-    return np.stack([rows[kept], columns[kept]], axis=1).astype(np.int64)
+    pairs = np.stack([rows[kept], columns[kept]], axis=1).astype(np.int64)
+    return pairs[_apart(pairs, marks)]
 
 
 def _some_genuine(
-    left: Integers, right: Integers, per_class: Array, within: bool, generator: np.random.Generator, most: int
+    left: Integers,
+    right: Integers,
+    per_class: Array,
+    within: bool,
+    marks: Marks,
+    generator: np.random.Generator,
+    most: int,
 ) -> Integers:
     chosen = generator.choice(len(per_class), size=most, p=per_class / per_class.sum())
     pairs = np.empty((most, 2), dtype=np.int64)
     mine, others = _members(left, right), _members(right, left)
     order = np.argsort(chosen, kind="stable")
     for code, places in zip(*_runs(chosen[order], order), strict=True):
-        first = generator.integers(len(mine[code]), size=len(places))
-        second = generator.integers(len(others[code]) - within, size=len(places))
-        second += within & (second >= first)  # never itself
-        pairs[places] = np.stack([mine[code][first], others[code][second]], axis=1)
+        left_over = places
+        while len(left_over):  # again within the class, so that all of its pairs are as likely
+            first = generator.integers(len(mine[code]), size=len(left_over))
+            second = generator.integers(len(others[code]) - within, size=len(left_over))
+            second += within & (second >= first)  # never itself
+            pairs[left_over] = np.stack([mine[code][first], others[code][second]], axis=1)
+            left_over = left_over[~_apart(pairs[left_over], marks)]
     return pairs
 
 
@@ -138,12 +179,14 @@ def _runs(values: Array, places: Array) -> tuple[list[int], list[Array]]:
     return found.tolist(), np.split(places, starts[1:])
 
 
-def _some_impostors(left: Integers, right: Integers, generator: np.random.Generator, most: int) -> Integers:
+def _some_impostors(
+    left: Integers, right: Integers, marks: Marks, generator: np.random.Generator, most: int
+) -> Integers:
     parts: list[Array] = []
     while sum(map(len, parts)) < most:
         rows, columns = (generator.integers(len(side), size=most) for side in (left, right))
-        kept = left[rows] != right[columns]
-        parts.append(np.stack([rows[kept], columns[kept]], axis=1))
+        pairs = np.stack([rows, columns], axis=1)
+        parts.append(pairs[(left[rows] != right[columns]) & _apart(pairs, marks)])
     return np.concatenate(parts)[:most]
 
 

@@ -396,7 +396,7 @@ def knn_accuracy(
     *,
     k: int = 200,
     temperature: float = 0.1,
-    same_rows: bool = False,
+    groups: Any = None,
     over_ranks: bool = False,
 ) -> float:
     """Accuracy of the weighted k-nearest-neighbour vote, Wu et al. 2018, section 3.4 (https://arxiv.org/abs/1805.01978).
@@ -411,7 +411,8 @@ def knn_accuracy(
         test_labels: (Q,) labels; a class that training has not seen counts as an error.
         k: Voters per test sample; more than there are means all.
         temperature: Divides the cosine; no unit, > 0. Wu et al. use 0.07.
-        same_rows: Row i of test and train is the same sample, seen under other conditions: it has no vote for itself.
+        groups: Samples of the test sample's own group have no vote: (N,) for leave-one-out, a pair (test, train) with
+            a test set. A sample that nobody can vote for counts as an error.
         over_ranks: See `recall_at_k`.
 
     Raises:
@@ -421,7 +422,7 @@ def knn_accuracy(
         >>> knn_accuracy([[1, 0], [0, 1]], ["a", "b"], [[2, 1], [1, 3]], ["a", "b"], k=1)
         1.0
     """
-    settings: dict[str, Any] = {"k": k, "temperature": temperature, "same_rows": same_rows, "over_ranks": over_ranks}
+    settings: dict[str, Any] = {"k": k, "temperature": temperature, "groups": groups, "over_ranks": over_ranks}
     return float(knn_hits(train, train_labels, test, test_labels, **settings).mean())
 
 
@@ -433,7 +434,7 @@ def knn_hits(
     *,
     k: int = 200,
     temperature: float = 0.1,
-    same_rows: bool = False,
+    groups: Any = None,
     over_ranks: bool = False,
 ) -> Booleans:
     """Whether the vote of `knn_accuracy` is right, test sample by test sample: what `bootstrap_interval` wants.
@@ -445,7 +446,7 @@ def knn_hits(
         test_labels: (Q,) labels.
         k: Voters per test sample.
         temperature: Divides the cosine.
-        same_rows: Row i of test and train is the same sample.
+        groups: Samples of the test sample's own group have no vote.
         over_ranks: See `recall_at_k`.
 
     Raises:
@@ -464,38 +465,47 @@ def knn_hits(
             f"{'test_labels' if test is None else 'test'}."
         )
     if test is None:
-        problem = Problem(train, train_labels, over_ranks=over_ranks)
+        problem = Problem(train, train_labels, groups=groups, over_ranks=over_ranks)
     else:
-        problem = Problem(test, test_labels, reference=train, reference_labels=train_labels, over_ranks=over_ranks)
-    own = problem.leave_one_out or same_rows
-    if same_rows and len(problem.query) != len(problem.reference):
-        raise ValueError(
-            f"same_rows says that test and train are the same samples in the same order, but they are "
-            f"{len(problem.query)} and {len(problem.reference)}."
+        problem = Problem(
+            test,
+            test_labels,
+            reference=train,
+            reference_labels=train_labels,
+            groups=groups,
+            over_ranks=over_ranks,
         )
-    k = min(k, len(problem.reference) - own)
+    k = min(k, int(problem.candidates.max()))
     if k < 1:
-        raise ValueError("knn_accuracy by leave-one-out needs at least 2 samples, got 1.")
-    problem.share.refuse_different(lambda: problem.digest(np.array([k, temperature, own])))
+        raise ValueError(
+            "knn_accuracy by leave-one-out needs at least 2 samples, got 1."
+            if groups is None
+            else "knn_accuracy has no voter: the groups leave out all samples for each one."
+        )
+    problem.share.refuse_different(lambda: problem.digest(np.array([k, temperature])))
     problem.search.prepare(len(problem.query))
     right = np.zeros(len(problem.query), dtype=np.uint8)
     step = int(np.clip(BUDGET // (16 * len(problem.classes)), 1, ROWS))
 
     def vote(rows: slice) -> None:
-        right[rows] = _elected(problem, rows, k, temperature, own=own) == problem.query_codes[rows]
+        elected = _elected(problem, rows, k, temperature)
+        right[rows] = (elected == problem.query_codes[rows]) & (problem.candidates[rows] > 0)
 
     for _ in in_threads(vote, blocks(len(right), step)[problem.share.mine]):
         pass
     return problem.share.add(right).astype(np.bool_)
 
 
-def _elected(problem: Problem, rows: slice, k: int, temperature: float, *, own: bool) -> Integers:
+def _elected(problem: Problem, rows: slice, k: int, temperature: float) -> Integers:
     """Class that the k nearest neighbours of each of some queries vote for, (n,)."""
-    query = problem.query.unit(rows)
-    # who votes matters, in which order does not; without itself, the last of equal rows is the one to go
-    ids, scores = problem.search.nearest(query, k + own, ordered=own)
-    if own:
-        ids, scores = _without_itself(ids, scores, first=rows.start)
+    query, own = problem.query.unit(rows), problem.leave_one_out
+    if problem.query_groups is not None:
+        ids, scores = problem.nearest(rows, k)
+    else:
+        # who votes matters, in which order does not; without itself, the last of equal rows is the one to go
+        ids, scores = problem.search.nearest(query, k + own, ordered=own)
+        if own:
+            ids, scores = _without_itself(ids, scores, first=rows.start)
     codes, classes = problem.reference_codes[ids], len(problem.classes)
     votes = _votes(codes, scores, temperature, classes)
     elected: Integers = votes.argmax(axis=1)
@@ -507,29 +517,34 @@ def _elected(problem: Problem, rows: slice, k: int, temperature: float, *, own: 
     close = np.flatnonzero(best - votes.max(axis=1) <= off * best)
     if len(close):
         exact = problem.search.exact(query, np.repeat(close, k), ids[close].ravel()).reshape(-1, k)
+        exact[ids[close] < 0] = -np.inf
         elected[close] = _votes(codes[close], exact, temperature, classes).round(DECIMALS).argmax(axis=1)
     return elected
 
 
 def _votes(codes: Integers, scores: Floats, temperature: float, classes: int) -> Floats:
     """Sums of exp(cosine / temperature) for each class, (n, classes), of neighbours with `codes` (n, k)."""
-    # relative to the nearest: exp(1 / temperature) overflows for small temperatures
-    weights = np.exp((scores - scores.max(axis=1, keepdims=True)) / temperature)
+    # relative to the nearest: exp(1 / temperature) overflows for small temperatures; -2: there may be none
+    weights = np.exp((scores - scores.max(axis=1, keepdims=True, initial=-2.0)) / temperature)
     ballot = np.arange(len(codes))[:, None] * classes + codes
     votes = np.bincount(ballot.ravel(), weights=weights.ravel(), minlength=len(codes) * classes)
     return votes.astype(np.float64, copy=False).reshape(len(codes), classes)
 
 
-def nearest_neighbours(query: Any, reference: Any = None, *, k: int = 10) -> tuple[Integers, Floats]:
+def nearest_neighbours(
+    query: Any, reference: Any = None, *, k: int = 10, groups: Any = None
+) -> tuple[Integers, Floats]:
     """The exact k nearest rows of each query by cosine, ties to the lower row: the rankings of all metrics here.
 
     Args:
         query: (Q, D) vectors of any norm, NumPy or torch.
         reference: (N, D) vectors to search, or None: each query among the other queries.
         k: How many; all there are, if these are fewer.
+        groups: See `recall_at_k`.
 
     Returns:
-        Rows (Q, k), nearest first, and their cosines (Q, k), in float32 precision where nothing depends on it.
+        Rows (Q, k), nearest first, and their cosines (Q, k), in float32 precision where nothing depends on it. Where
+        groups leave fewer, -1 and -inf stand behind the last.
 
     Raises:
         ValueError: Shapes that do not fit, a NaN or zero vector, nothing to search.
@@ -548,6 +563,13 @@ def nearest_neighbours(query: Any, reference: Any = None, *, k: int = 10) -> tup
         raise ValueError("nearest_neighbours among the queries needs at least 2 rows, got 1.")
     ids, scores = np.empty((len(left), k), dtype=np.int64), np.empty((len(left), k))
     step = int(np.clip(BUDGET // (16 * max(k, left.dim)), 1, 8192))
+    if groups is not None:
+        alike = [np.zeros(len(side), dtype=np.int64) for side in (left, right)]
+        others = {} if within else {"reference": reference, "reference_labels": alike[1]}
+        problem = Problem(query, alike[0], **others, groups=groups)
+        for rows in blocks(len(left), min(step, ROWS)):
+            ids[rows], scores[rows] = problem.nearest(rows, k)
+        return ids, scores
     for rows, found, cosines in _nearest(left, Search(right), k, within, step):
         ids[rows], scores[rows] = found, cosines
     return ids, scores

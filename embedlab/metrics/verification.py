@@ -252,7 +252,7 @@ def verification_report(
         labels: (N,) integers or strings; a pair of one label is genuine.
         far: False accept rates in (0, 1]; None takes 0.1, 0.01, ... as long as they allow 10 impostor pairs.
         groups: (N,) pairs within a group are left out (frames of one track). To compare queries with a reference only,
-            put both into one set and give each side one group.
+            put both into one set and give each side one group. Of several kinds, (G, N), one that is shared suffices.
         curve: About how many operating points to keep for a picture; they lie densely on linear and on logarithmic
             axes alike.
         over_ranks: True shares the pairs out among the ranks of torch.distributed: all ranks call with the same arrays
@@ -269,9 +269,10 @@ def verification_report(
     """
     rows = Rows(embeddings, "embeddings")
     codes = _codes(labels, "labels", len(rows))
-    tracks = None if groups is None else _codes(groups, "groups", len(rows))
+    several = [] if groups is None else groups if np.ndim(groups) == 2 else [groups]
+    tracks = [_codes(group, "groups", len(rows)) for group in several]
     share = Share(over_ranks=over_ranks)
-    share.refuse_different(lambda: digest(rows.values, codes, tracks))
+    share.refuse_different(lambda: digest(rows.values, codes, *tracks))
     counts = count_pairs(rows, codes, tracks, share)
     genuine, impostors = int(counts.genuine.sum()), int(counts.below[-1])
     if not genuine or not impostors:

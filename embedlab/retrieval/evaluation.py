@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -49,6 +51,7 @@ CURVE = 600  # operating points that a picture needs at most
 HEALTH_ROWS = 5_000  # vectors that figures over all pairs of vectors are taken from
 
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+Groups = list[str] | tuple[list[str], list[str]] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +75,11 @@ class Plan:
         severities: Of the degradations, from 1 to 5.
         verification: Compare all pairs: their number grows with the square of the images.
         coarse: Column of coarser classes, by which a wrong answer can be a near miss.
+        groups: Columns that together name the group of an image, such as its camera or its track; "label" is one too.
+            What is of the query's own group is neither searched nor compared with it.
 
     Raises:
-        ValueError: An open-set trial without rows for its threshold, an unknown degradation or severity.
+        ValueError: An open-set trial without rows for its threshold, or with groups; an unknown kind or severity.
     """
 
     path: str
@@ -92,12 +97,18 @@ class Plan:
     severities: Sequence[int] = (1, 2, 3, 4, 5)
     verification: bool = True
     coarse: str | None = None
+    groups: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.open_set and not (self.calibrate or self.calibrate_select):
             raise ValueError(
                 "--open-set needs --calibrate-select COLUMN=VALUE, or --calibrate PATH: identities, not tested, that "
                 "set the threshold."
+            )
+        if self.open_set and self.groups:
+            raise ValueError(
+                "--groups leaves out other images for each query, and the gallery of --open-set has the same templates "
+                "for all; run it without, and keep groups apart by --select and --reference-select."
             )
         if self.degradations:
             from embedlab.data.degradations import chosen_kinds, chosen_severities  # not before it is needed: torch
@@ -147,6 +158,7 @@ class Evaluation:
         cosines: (Q, k) theirs.
         verification: None where there is only one kind of pair.
         open_set: Of the trial, where there was one.
+        groups: Of each query, or of each query and each row of the reference, as the metrics take them; None without.
     """
 
     subject: Subject
@@ -159,6 +171,7 @@ class Evaluation:
     cosines: Floats
     verification: Verification | None = None
     open_set: OpenSetReport | None = None
+    groups: Groups = None
     labels: list[str] = field(init=False)
     searched_labels: list[str] = field(init=False)
 
@@ -181,20 +194,21 @@ def evaluate(subject: Subject, plan: Plan) -> Evaluation:
     """Read what the plan names and measure the subject on it.
 
     Raises:
-        ValueError: Images without labels, or images that are queries and reference at once.
+        ValueError: Images without labels or groups, or images that are queries and reference at once.
     """
     query = subject.read(plan.path, plan.select)
     searched = plan.reference or (plan.path if plan.reference_select else None)
     reference = None if searched is None else subject.read(searched, plan.reference_select)
     others = None if reference is None else reference.embeddings
     _refuse_shared_images(query.embeddings, others)
-    figures, per_query = retrieval_figures(query.embeddings, others, knn_k=plan.knn_k)
+    groups = _groups(plan.groups, query, reference)
+    figures, per_query = retrieval_figures(query.embeddings, others, knn_k=plan.knn_k, groups=groups)
     nearest, cosines = nearest_neighbours(
-        query.embeddings.vectors, None if others is None else others.vectors, k=NEIGHBOURS
+        query.embeddings.vectors, None if others is None else others.vectors, k=NEIGHBOURS, groups=groups
     )
     if plan.coarse:
         figures["coarse"], per_query["coarse_recall_at_1"] = _coarse(plan.coarse, query, reference, nearest, per_query)
-    verification = _verification(query.embeddings, others, plan.seed) if plan.verification else None
+    verification = _verification(query.embeddings, others, groups, plan.seed) if plan.verification else None
     if plan.verification:
         figures["verification"] = verification.to_dict() if verification else None
     figures["health"] = _health(query.embeddings.vectors, plan.seed)
@@ -204,7 +218,33 @@ def evaluate(subject: Subject, plan: Plan) -> Evaluation:
         figures["open_set"], trial = _open_set(
             query.embeddings, strangers, others, plan.fpir, plan.templates, plan.seed
         )
-    return Evaluation(subject, plan, query, reference, figures, per_query, nearest, cosines, verification, trial)
+    return Evaluation(
+        subject, plan, query, reference, figures, per_query, nearest, cosines, verification, trial, groups
+    )
+
+
+def _groups(columns: Sequence[str], query: Reading, reference: Reading | None) -> Groups:
+    """The group of each image, as JSON of the values that name it."""
+    if not columns:
+        return None
+    named = []
+    for side in (query, *([] if reference is None else [reference])):
+        values = [_column(side, column, "--groups") for column in columns]
+        if (empty := next((row for row in zip(*values, strict=True) if not all(row)), None)) is not None:
+            raise ValueError(
+                f"An image has {dict(zip(columns, empty, strict=True))} for --groups: images without a value would be "
+                "of one group. Fill in the column; an image alone is a group of its own."
+            )
+        named.append([json.dumps(row) for row in zip(*values, strict=True)])
+    return named[0] if reference is None else (named[0], named[1])
+
+
+def _column(side: Reading, column: str, option: str) -> list[str]:
+    if column == "label" and side.embeddings.labels is not None:
+        return side.embeddings.labels
+    if column not in side.columns:
+        raise ValueError(f"There is no column {column!r} for {option}; there are {sorted(side.columns) or 'none'}.")
+    return side.columns[column]
 
 
 def protocol_of(found: Sequence[Evaluation]) -> dict[str, Any]:
@@ -255,22 +295,25 @@ def _refuse_shared_images(query: Embeddings, reference: Embeddings | None) -> No
         )
 
 
-def evaluate_retrieval(query: Embeddings, reference: Embeddings | None = None, *, knn_k: int = 20) -> dict[str, Any]:
+def evaluate_retrieval(
+    query: Embeddings, reference: Embeddings | None = None, *, knn_k: int = 20, groups: Groups = None
+) -> dict[str, Any]:
     """Recall@1/5/10, R-precision, MAP@R, the CMC curve and weighted k-NN accuracy.
 
     Args:
         query: With labels.
         reference: With labels; None is leave-one-out within the queries.
         knn_k: Neighbours of the k-NN classifier, at most as many as the reference has.
+        groups: What is of the query's own group is not searched, see `embedlab.metrics.recall_at_k`.
 
     Returns:
         The figures; `intervals` are 95 %, by resampling identities.
     """
-    return retrieval_figures(query, reference, knn_k=knn_k)[0]
+    return retrieval_figures(query, reference, knn_k=knn_k, groups=groups)[0]
 
 
 def retrieval_figures(
-    query: Embeddings, reference: Embeddings | None = None, *, knn_k: int = 20, same_rows: bool = False
+    query: Embeddings, reference: Embeddings | None = None, *, knn_k: int = 20, groups: Any = None
 ) -> tuple[dict[str, Any], dict[str, Floats]]:
     """As `evaluate_retrieval`, with each figure's values per query.
 
@@ -278,28 +321,26 @@ def retrieval_figures(
         query: See `evaluate_retrieval`.
         reference: See `evaluate_retrieval`.
         knn_k: See `evaluate_retrieval`.
-        same_rows: Row i of query and reference is the same picture, seen under other conditions: leave-one-out.
+        groups: See `evaluate_retrieval`.
     """
     labels = _labels(query, "query")
-    searched = query if reference is None else reference
-    depth = min(DEPTH, len(searched) - (reference is None or same_rows))
+    candidates = _most_candidates(query, reference, groups)
+    depth = min(DEPTH, candidates)
     ranks = range(1, max(10, depth) + 1)
     if reference is None:
-        report = retrieval_report(query.vectors, labels, k=ranks)
-        hits = knn_hits(query.vectors, labels, k=knn_k)
+        report = retrieval_report(query.vectors, labels, k=ranks, groups=groups)
+        hits = knn_hits(query.vectors, labels, k=knn_k, groups=groups)
     else:
         names = _labels(reference, "reference")
-        numbers = np.arange(len(query))
-        groups = (numbers, numbers) if same_rows else None
         report = retrieval_report(query.vectors, labels, reference.vectors, names, k=ranks, groups=groups)
-        hits = knn_hits(reference.vectors, names, query.vectors, labels, k=knn_k, same_rows=same_rows)
+        hits = knn_hits(reference.vectors, names, query.vectors, labels, k=knn_k, groups=groups)
     main = ("recall_at_1", "recall_at_5", "recall_at_10", "r_precision", "map_at_r")
     per_query: dict[str, Floats] = {**report.per_query, "knn_accuracy": hits.astype(np.float64)}
     intervals = intervals_of(per_query, labels)
     result = {name: value for name, value in report.to_dict().items() if name in main or "_at_" not in name}
     curve = [f"recall_at_{rank}" for rank in ranks[:depth]]
     result |= {
-        "knn_k": min(knn_k, len(searched) - (reference is None or same_rows)),
+        "knn_k": min(knn_k, candidates),
         "knn_accuracy": float(hits.mean()),
         "identities": len(set(labels)),
         "intervals": {name: intervals[name] for name in (*main, "knn_accuracy") if name in intervals},
@@ -307,6 +348,15 @@ def retrieval_figures(
         "cmc_intervals": [intervals[name] for name in curve if name in intervals],
     }
     return result, {name: per_query[name] for name in (*main, "knn_accuracy")}
+
+
+def _most_candidates(query: Embeddings, reference: Embeddings | None, groups: Any) -> int:
+    """Images that a query can find, of the query that can find most."""
+    if groups is None:
+        return len(query) - 1 if reference is None else len(reference)
+    own, others = (groups, groups) if reference is None else groups
+    sizes = Counter(others)
+    return len(others) - min(sizes[group] for group in own)
 
 
 def intervals_of(per_query: Mapping[str, Floats], labels: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -338,9 +388,7 @@ def _coarse(
     sides = {"query": query} | ({} if reference is None else {"reference": reference})
     parents: dict[str, str] = {}
     for name, side in sides.items():
-        if column not in side.columns:
-            raise ValueError(f"There is no column {column!r} for --coarse; there are {sorted(side.columns) or 'none'}.")
-        for label, coarse in zip(_labels(side.embeddings, name), side.columns[column], strict=True):
+        for label, coarse in zip(_labels(side.embeddings, name), _column(side, column, "--coarse"), strict=True):
             if parents.setdefault(label, coarse) != coarse:
                 raise ValueError(
                     f"{label!r} is {parents[label]!r} and {coarse!r} in the column {column!r}: --coarse takes one "
@@ -365,20 +413,25 @@ def _coarse(
     }, right
 
 
-def _verification(query: Embeddings, reference: Embeddings | None, seed: int) -> Verification | None:
+def _verification(query: Embeddings, reference: Embeddings | None, groups: Groups, seed: int) -> Verification | None:
     labels = _labels(query, "query")
+    apart: list[list[str]] = []  # pairs that share a value of any are left out
     if reference is None:
-        vectors, names, groups = query.vectors, labels, None
+        vectors, names = query.vectors, labels
         sides: tuple[list[str], list[str] | None] = (labels, None)
+        if isinstance(groups, list):
+            apart = [groups]
     else:
         sides = (labels, _labels(reference, "reference"))
         vectors, names = np.concatenate([query.vectors, reference.vectors]), [*labels, *(sides[1] or [])]
-        groups = [0] * len(query) + [1] * len(reference)  # pairs of one side are left out
+        apart = [["query"] * len(query) + ["reference"] * len(reference)]
+        if isinstance(groups, tuple):
+            apart.append([*groups[0], *groups[1]])
     try:
-        pairs = draw_pairs(*sides, seed=seed)
+        pairs = draw_pairs(*sides, groups=groups, seed=seed)
     except ValueError:  # a set of one class, or of classes of one
         return None
-    report = verification_report(vectors, names, groups=groups, curve=CURVE)
+    report = verification_report(vectors, names, groups=apart or None, curve=CURVE)
     scores = pairs.scores(query.vectors, None if reference is None else reference.vectors)
     enough_pairs = (
         10 if len(pairs.impostors) == pairs.impostors_total else 100

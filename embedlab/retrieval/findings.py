@@ -169,7 +169,7 @@ def examples(found: Evaluation, *, each: int = 6, seed: int = 0) -> dict[str, li
     """
     fine = found.per_query["recall_at_1"]
     classes = np.array(found.searched_labels, dtype=object)
-    right = classes[found.nearest] == np.array(found.labels, dtype=object)[:, None]
+    right = (classes[found.nearest] == np.array(found.labels, dtype=object)[:, None]) & (found.nearest >= 0)
     generator = np.random.default_rng(seed)
     first, late = np.flatnonzero(fine == 1), np.flatnonzero((fine == 0) & right.any(axis=1))
     wrong = np.flatnonzero(fine == 0)
@@ -178,14 +178,7 @@ def examples(found: Evaluation, *, each: int = 6, seed: int = 0) -> dict[str, li
     order = order[np.sort(np.unique([found.labels[row] for row in wrong[order]], return_index=True)[1])][:each]
 
     def shown(row: int, mate: tuple[int, float] | None = None) -> Example:
-        flags = tuple(right[row].tolist())
-        return Example(
-            row,
-            tuple(found.nearest[row].tolist()),
-            tuple(found.cosines[row].tolist()),
-            flags,
-            None if any(flags) else mate,
-        )
+        return example(found, row, None if right[row].any() else mate)
 
     def some(rows: Ids) -> list[Example]:
         chosen = generator.permutation(rows)[:each]
@@ -198,12 +191,22 @@ def examples(found: Evaluation, *, each: int = 6, seed: int = 0) -> dict[str, li
     }
 
 
+def example(found: Evaluation, row: int, own: tuple[int, float] | None = None) -> Example:
+    """One query with its nearest, of which groups may leave few."""
+    near = {int(place): float(cosine) for place, cosine in zip(found.nearest[row], found.cosines[row], strict=True)}
+    near.pop(-1, None)
+    right = tuple(found.searched_labels[place] == found.labels[row] for place in near)
+    return Example(row, tuple(near), tuple(near.values()), right, own)
+
+
 def nearest_of_class(found: Evaluation, rows: Ids) -> tuple[Ids, Floats]:
     """For some queries, each with a match, the nearest row of their own class, and its cosine."""
     place, cosine = np.full(len(rows), -1, dtype=np.int64), np.full(len(rows), -np.inf)
     names, codes = np.unique(np.array(found.searched_labels, dtype=object), return_inverse=True)
     parts = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
     members_of = dict(zip(names.tolist(), parts, strict=True))
+    sides = found.groups if isinstance(found.groups, tuple) else (found.groups, found.groups)
+    own, others = (np.array(side, dtype=object) for side in sides)
     asking: dict[str, list[int]] = {}
     for number, row in enumerate(rows.tolist()):
         asking.setdefault(found.labels[row], []).append(number)
@@ -214,6 +217,8 @@ def nearest_of_class(found: Evaluation, rows: Ids) -> tuple[Ids, Floats]:
         scores = unit[0] @ unit[1].T
         if found.reference is None:
             scores[mine[:, None] == members] = -np.inf
+        if found.groups is not None:
+            scores[own[mine][:, None] == others[members]] = -np.inf
         best = scores.argmax(axis=1)
         place[numbers], cosine[numbers] = members[best], scores[np.arange(len(mine)), best]
     return place, cosine

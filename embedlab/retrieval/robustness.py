@@ -19,6 +19,7 @@ from embedlab.data import Source, open_source
 from embedlab.retrieval.evaluation import (
     Evaluation,
     Floats,
+    Groups,
     intervals_of,
     retrieval_figures,
     table,
@@ -127,6 +128,7 @@ def with_degradations(found: Evaluation, how: ReadingOptions) -> Evaluation:
         fpir=plan.fpir,
         templates=plan.templates,
         seed=plan.seed,
+        groups=found.groups,
     )
     recalls = {f"recall_at_1 degraded, {name}": values["recall_at_1"] for name, values in per_query.items()}
     return replace(found, figures={**found.figures, "degraded": report}, per_query={**found.per_query, **recalls})
@@ -142,6 +144,7 @@ def evaluate_robustness(
     fpir: float = 0.05,
     templates: int = 3,
     seed: int = 0,
+    groups: Groups = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Floats]]]:
     """Retrieval and the open-set trial again for every kind and severity, and their means over severities.
 
@@ -154,6 +157,7 @@ def evaluate_robustness(
         fpir: See `evaluate_open_set`, as for the other two.
         templates: Per identity, of the clean queries where there is no reference; the others are the probes.
         seed: Of the halves and templates.
+        groups: See `evaluate_retrieval`.
 
     Returns:
         `rows`, the first one clean: `degradation`, `severity`, `strength`, `unit`, and the figures of
@@ -163,13 +167,17 @@ def evaluate_robustness(
     """
     from embedlab.data.degradations import DEGRADATIONS
 
-    same_rows = reference is None
     searched = clean if reference is None else reference
+    if reference is None:  # the clean version of a query is of its group
+        own = list(range(len(clean))) if groups is None else groups
+        sides: Any = (own, own)
+    else:
+        sides = groups
     rows: list[dict[str, Any]] = []
     values: dict[Condition, dict[str, Floats]] = {}
     conditions = {CLEAN: clean, **degraded}
     for (name, severity), query in conditions.items():
-        figures, values[name, severity] = retrieval_figures(query, searched, knn_k=knn_k, same_rows=same_rows)
+        figures, values[name, severity] = retrieval_figures(query, searched, knn_k=knn_k, groups=sides)
         kind = DEGRADATIONS.get(name)
         strength = {"strength": kind.strengths[severity - 1], "unit": kind.unit} if kind else {}
         rows.append({"degradation": name, "severity": severity, **strength, **figures})

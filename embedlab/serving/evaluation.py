@@ -122,7 +122,7 @@ def _told(first: Evaluation, data: Mapping[str, Any], *, compared: bool) -> str:
         "every image searched among the others (leave-one-out)"
         if first.reference is None
         else f"searched in {len(first.searched.embeddings):,} reference images"
-    )
+    ) + (f", without those of its own {_group(first)}" if first.plan.groups else "")
     lost = data["skipped"]
     return (
         (f"{_last_parts(first.plan.path)}: " if compared else "")
@@ -374,8 +374,11 @@ def _retrieval(found: Sequence[Evaluation]) -> Html:
         classes.append(Line(one.name, _every(steps, CURVE), tone, dashed))
     figures = found[0].figures
     low = min(min(one.figures["cmc"]) for one in found)
+    elsewhere = f" of another {_group(found[0])}" if found[0].plan.groups else ""
     lonely = (
-        f" {figures['without_match']:,} queries without a class-mate are left out." if figures["without_match"] else ""
+        f" {figures['without_match']:,} queries without a class-mate{elsewhere} are left out."
+        if figures["without_match"]
+        else ""
     )
     charts = [
         line_chart(
@@ -415,7 +418,13 @@ def _every(points: list[tuple[float, float]], most: int) -> list[tuple[float, fl
 
 
 def _mode(first: Evaluation) -> str:
-    return "leave-one-out" if first.reference is None else "query against reference"
+    mode = "leave-one-out" if first.reference is None else "query against reference"
+    return f"{mode}, own {_group(first)} left out" if first.plan.groups else mode
+
+
+def _group(first: Evaluation) -> str:
+    """What images of one group have in common."""
+    return " and ".join(first.plan.groups)
 
 
 def _verification(found: Sequence[Evaluation], seen: int) -> Html:

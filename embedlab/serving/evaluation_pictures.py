@@ -10,7 +10,7 @@ import numpy as np
 
 from embedlab.data.images import ImageError
 from embedlab.retrieval.evaluation import Evaluation
-from embedlab.retrieval.findings import Confusion, Example, confusions, examples, sampled_rows
+from embedlab.retrieval.findings import Confusion, Example, confusions, example, examples, sampled_rows
 from embedlab.retrieval.pictures import thumbnail
 from embedlab.retrieval.subjects import Reading
 from embedlab.serving.html import Html, joined, picture, section, tag
@@ -122,10 +122,7 @@ def disagreements_section(first: Evaluation, second: Evaluation) -> Html:
 
 
 def _one(found: Evaluation, row: int) -> Html:
-    right = tuple(found.searched_labels[place] == found.labels[row] for place in found.nearest[row].tolist())
-    return _example(
-        found, Example(row, tuple(found.nearest[row].tolist()), tuple(found.cosines[row].tolist()), right), found.name
-    )
+    return _example(found, example(found, row), found.name)
 
 
 def confusions_section(found: Evaluation) -> Html:
