@@ -313,6 +313,7 @@ def test_an_example_shows_as_many_as_groups_leave(tmp_path) -> None:
     found = evaluate(subject, Plan(path=str(tmp_path / "v"), groups=["camera"]))
     shown = [one for kind in examples(found).values() for one in kind]
     assert len(shown) == 6
+    assert (found.figures["knn_k"], len(found.figures["cmc"])) == (3, 3)
     for one in shown:
         others = {0: {2, 3, 4}, 1: {2, 3, 4}, 5: {2, 3, 4}}.get(one.query, {0, 1, 5})
         assert set(one.nearest) == others

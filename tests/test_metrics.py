@@ -109,6 +109,12 @@ def test_neighbours_and_their_votes_leave_out_the_own_group(within, kind):
         assert metrics.knn_accuracy(*train, *(() if within else test), k=k, groups=groups) == pytest.approx(want)
 
 
+def test_a_tie_is_not_settled_by_those_who_have_no_vote():
+    train, labels = np.array([[1, 1], [1, -1], [1, 0]]), ["b", "a", "b"]
+    hits = metrics.knn_hits(train, labels, [[1, 0], [1, 0]], ["a", "b"], k=3, groups=(["x", "y"], ["z", "z", "x"]))
+    assert hits.all(), "of the two who vote for the first, the class that sorts first has it"
+
+
 def test_a_sample_without_voters_is_an_error_of_the_vote():
     vectors, labels = np.eye(3) + 0.1, ["a", "a", "b"]
     groups = (["x", "y", "y"], ["x", "x", "x"])
