@@ -160,7 +160,9 @@ def test_files_that_are_no_network_are_explained(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"is no ONNX file that onnxruntime .* can run: .* Is it whole"):
         open_onnx(path)
     with pytest.raises(ValueError, match=r"absent\.onnx cannot be read \(No such file"):
-        as_embedder(tmp_path / "absent.onnx")
+        open_onnx(tmp_path / "absent.onnx")
+    with pytest.raises(ValueError, match=r"folder: .*mn\.onnx; did you mean .*/m\.onnx\? .* or an ONNX file"):
+        as_embedder(tmp_path / "mn.onnx")
     with pytest.raises(ValueError, match=r"no encoder\.json and no model\.onnx, and is no \.onnx file"):
         as_embedder(tmp_path)
 
