@@ -38,6 +38,7 @@ from embedlab.losses import (
     SmoothAPLoss,
     SoftNearestNeighborLoss,
     SoftTripleLoss,
+    SumLoss,
     SupConLoss,
     ThresholdConsistentMarginLoss,
     TripletLoss,
@@ -159,6 +160,11 @@ LOSSES = {
         lambda gather=True: MatryoshkaLoss(CosFaceLoss(CLASSES, OUTPUTS, scale=8.0, gather=gather), [2, 6])
     ),
     "MatryoshkaLoss SupConLoss": row(lambda gather=True: MatryoshkaLoss(SupConLoss(gather=gather), [3, 6])),
+    "SumLoss": row(
+        lambda gather=True: SumLoss(
+            [SupConLoss(gather=gather), NormSoftmaxLoss(CLASSES, OUTPUTS, temperature=0.2, gather=gather)], [0.5, 2.0]
+        )
+    ),
     "FocalLoss": row(FocalLoss, gamma=2.0, class_weights=[0.2, 1.0, 3.0, 1.0, 1.0, 1.0]),
     "BinaryFocalLoss": row(BinaryFocalLoss, with_targets_per_output),
 }

@@ -481,8 +481,39 @@ def test_stretch_fills_the_square() -> None:
     assert got[:, 3].tolist() == [50] * 4
 
 
+def drawing(height: int, width: int, top: int, left: int, tall: int, wide: int, channels: int = 1) -> np.ndarray:
+    """A black rectangle on white."""
+    array = np.full((height, width, channels), 255, dtype=np.uint8)
+    array[top : top + tall, left : left + wide] = 0
+    return array
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("height", "width"), [(100, 100), (100, 60)])
+@pytest.mark.parametrize(
+    ("top", "left", "tall", "wide"), [(10, 20, 30, 20), (0, 0, 30, 20), (85, 50, 15, 10), (5, 5, 90, 50), (40, 30, 1, 1)]
+)
+def test_ink_is_in_the_middle_and_its_sizes_are_brought_nearer(height, width, top, left, tall, wide, channels) -> None:
+    array = drawing(height, width, top, left, tall, wide, channels)
+    got = fit_image(array, 200, "ink").astype(float)
+    ink = 1 - got.mean(axis=2) / 255
+    scale = 200 / (0.75 * max(tall, wide) + 0.4 * max(height, width))
+    assert ink.sum() == pytest.approx(tall * wide * scale**2, rel=0.03)
+    for axis, length in ((0, tall), (1, wide)):
+        along = ink.sum(axis=1 - axis)
+        assert (along * (np.arange(200) + 0.5)).sum() / along.sum() == pytest.approx(100, abs=0.6)
+        assert np.count_nonzero(along > along.max() / 2) == pytest.approx(length * scale, abs=1.5)
+    floats = fit_image((array / 255).astype(np.float32), 200, "ink")
+    np.testing.assert_allclose(floats * 255, got, atol=1.01)
+
+
+def test_without_ink_the_whole_image_stays() -> None:
+    pale = np.full((6, 12), 200, dtype=np.uint8)
+    np.testing.assert_array_equal(fit_image(pale, 12, "ink"), fit_image(pale, 12, "pad"))
+
+
 @pytest.mark.parametrize("shape", [(1, 500), (500, 1), (1, 1)])
-@pytest.mark.parametrize("how", ["crop", "stretch", "pad"])
+@pytest.mark.parametrize("how", ["crop", "stretch", "pad", "ink"])
 def test_extreme_shapes_fit(shape: tuple[int, int], how: str) -> None:
     assert fit_image(np.full(shape, 9, dtype=np.uint8), 16, how).shape == (16, 16, 1)
 
@@ -494,7 +525,7 @@ def test_fit_refuses_what_is_no_image() -> None:
         fit_image(np.zeros((0, 4, 3), dtype=np.uint8), 4)
     with pytest.raises(ValueError, match=r"size must be at least 1 pixel, got 0"):
         fit_image(noise(4, 4), 0)
-    with pytest.raises(ValueError, match=r"how must be 'crop', 'stretch' or 'pad', got 'zoom'"):
+    with pytest.raises(ValueError, match=r"how must be 'crop', 'stretch', 'pad' or 'ink', got 'zoom'"):
         fit_image(noise(4, 4), 4, "zoom")
     with pytest.raises(ValueError, match=r"An image of 5 channels cannot become one of 3: set channels=5"):
         convert_channels(noise(4, 4, 5), 3)

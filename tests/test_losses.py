@@ -39,6 +39,7 @@ from embedlab.losses import (
     SmoothAPLoss,
     SoftNearestNeighborLoss,
     SoftTripleLoss,
+    SumLoss,
     SupConLoss,
     ThresholdConsistentMarginLoss,
     TripletLoss,
@@ -210,8 +211,8 @@ def test_every_exported_pair_loss_stands_in_the_table() -> None:
 
 
 def test_every_exported_class_comes_from_a_file_with_a_table() -> None:
-    wrapped = exported("memory", "matryoshka", "focal")
-    assert wrapped == {"CrossBatchMemory", "MatryoshkaLoss", "FocalLoss", "BinaryFocalLoss"}
+    wrapped = exported("memory", "matryoshka", "sum", "focal")
+    assert wrapped == {"CrossBatchMemory", "MatryoshkaLoss", "SumLoss", "FocalLoss", "BinaryFocalLoss"}
     tables = exported("pairs", "ranking", "proxies", "miners", "selfsupervised")
     assert exported() == tables | wrapped
 
@@ -640,6 +641,28 @@ def test_matryoshka_refuses_prefixes_that_are_none() -> None:
             MatryoshkaLoss(SupConLoss(), dims)
     with pytest.raises(ValueError, match="MatryoshkaLoss.*5"):
         MatryoshkaLoss(SupConLoss(), [2, 8])(embeddings(4), torch.tensor([0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("on", ["batch", "reference"])
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0]])
+def test_sum_adds_what_each_loss_gives(engine, on, weights) -> None:
+    batch = Batch(MIXED, on)
+    got = SumLoss([SupConLoss(0.2), ContrastiveLoss()], weights)(batch.z, batch.labels, **batch.reference)
+    parts = [
+        oracle(batch.z, batch.labels, *batch.reference.values())
+        for oracle in (functools.partial(naive.supcon, temperature=0.2), naive.contrastive)
+    ]
+    want = sum(weight * part for weight, part in zip(weights or [1.0, 1.0], parts, strict=True))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(batch.gradients(got), batch.gradients(want), rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("parts", "weights"), [([], None), ([SupConLoss()], [1.0, 1.0]), ([SupConLoss(), SupConLoss()], [1.0, 0.0])]
+)
+def test_sum_refuses_weights_that_do_not_fit(parts, weights) -> None:
+    with pytest.raises(ValueError, match=f"a weight > 0 for each, got {len(parts)} losses and the weights"):
+        SumLoss(parts, weights)
 
 
 def steps(count: int, rows: int) -> list[tuple[Tensor, Tensor]]:

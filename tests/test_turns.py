@@ -1,4 +1,4 @@
-"""More classes out of each: quarter turns and reflections of all its images, and nothing else."""
+"""More classes out of each: quarter turns and reflections of all its images, or one bending for all of them."""
 
 from types import SimpleNamespace
 
@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import map_coordinates
 
 from embedlab.data import ImageData, Source
 from embedlab.data.embedding import identity_hash
+from embedlab.data.views import FixedViews
 from embedlab.encoders import ResNet
 from embedlab.losses import NormSoftmaxLoss
 from embedlab.methods import MetricLearning
@@ -85,6 +87,49 @@ def test_held_out_images_are_not_turned_and_the_encoder_remembers_the_datas_clas
     method = MetricLearning(ResNet("resnet8", stem="small", width=0.125, in_channels=1))
     encoder = trained_encoder(method, data)
     assert encoder.identities == {identity_hash(name) for name in data.class_names[:3]}
+
+
+WARPS = {"count": 3, "degrees": 20, "elastic": 0.1, "seed": 5}
+
+
+@pytest.mark.parametrize("cache_gib", [4.0, 0.0])
+def test_classes_are_bent_each_in_its_own_way(cache_gib) -> None:
+    data = prepared(turns=4, warps=WARPS, cache_gib=cache_gib)
+    assert (data.num_classes, data.num_targets) == (5, 5 * 4 * 3)
+    dataset = data.dataset("train")
+    assert len(dataset) == 15 * 12
+    batch = dataset[list(range(15 * 12))]
+    assert batch.labels.tolist() == dataset.labels.tolist()
+    pictures, ways = np.asarray(data.source.pixels)[..., 0], {}
+    for image, label, number in zip(batch.views[0], batch.labels.tolist(), batch.index.tolist(), strict=True):
+        row, variant = divmod(number, 12)
+        turn, way = divmod(variant, 3)
+        assert label == data.numbers[row] * 12 + variant
+        turned = symmetry(pictures[row], turn)
+        if way == 0:
+            np.testing.assert_array_equal(image[0].numpy(), turned)
+            continue
+        grid = FixedViews(**WARPS).drawn(torch.tensor([label]), 8)[0].double()
+        ways.setdefault(label, grid)
+        assert torch.equal(ways[label], grid)
+        places = ((grid.numpy() + 1) * 8 - 1) / 2  # x, y in pixels
+        bent = map_coordinates(turned.astype(float), [places[..., 1], places[..., 0]], order=1, mode="nearest")
+        np.testing.assert_allclose(image[0].numpy(), bent, atol=0.51)
+    assert len({tuple(grid.ravel().tolist()) for grid in ways.values()}) == 5 * 4 * 2
+    some = dataset[[40, 7, 161]]  # a batch of others: the same pictures
+    assert torch.equal(some.views[0], batch.views[0][[40, 7, 161]])
+    assert torch.equal(dataset[list(range(15 * 12))].views[0], batch.views[0])  # the cache is not bent along
+
+
+def test_held_out_images_are_not_bent() -> None:
+    data = prepared(split="class", fractions=(0.6, 0.2, 0.2), warps=WARPS)
+    assert len(data.dataset("calibrate")) == 3
+
+
+def test_bending_without_labels_is_refused() -> None:
+    data = prepared(Source.from_arrays(np.zeros((6, 8, 8, 1), np.uint8)), warps=WARPS)
+    with pytest.raises(ValueError, match="warps makes further classes of each class, but .* has no labels"):
+        data.dataset("train")
 
 
 def test_other_numbers_of_turns_are_refused() -> None:

@@ -37,8 +37,9 @@ class ImageBatches(Dataset[Batch]):
         fit: How images become square.
         on_error: What an unreadable file does.
         cache_gib: Up to this many GiB are kept in memory.
-        turns: Classes made of each class, see `ImageData`. Samples are then numbered through, row * turns + turn, and
-            so are `index` and, with the class in place of the row, the labels.
+        turns: Classes made of each class, see `ImageData`.
+        warps: And of each of these, see there. With v = turns * warps.count variants samples are numbered through,
+            row * v + variant, and so are `index` and, with the class in place of the row, the labels.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class ImageBatches(Dataset[Batch]):
         on_error: OnError = "stop",
         cache_gib: float = 4.0,
         turns: int = 1,
+        warps: FixedViews | None = None,
     ) -> None:
         self.source = source
         self.rows = rows
@@ -61,7 +63,9 @@ class ImageBatches(Dataset[Batch]):
         self.channels = channels
         self.fit: Fit = fit
         self.on_error: OnError = on_error
-        self.turns = turns
+        self.warps = warps
+        self.ways = 1 if warps is None else warps.count
+        self.variants = turns * self.ways
         self.skipped: dict[str, str] = {}
         self.cache: Tensor | None = None
         if len(rows) * channels * image_size**2 <= cache_gib * 2**30:
@@ -84,22 +88,26 @@ class ImageBatches(Dataset[Batch]):
         if self.numbers is None:
             raise ValueError("The data has no labels, but balanced batches or a supervised loss need them.")
         labels: np.ndarray = self.numbers[self.rows]
-        return (labels[:, None] * self.turns + np.arange(self.turns)).ravel()
+        return (labels[:, None] * self.variants + np.arange(self.variants)).ravel()
 
     def __len__(self) -> int:
-        return len(self.rows) * self.turns
+        return len(self.rows) * self.variants
 
     def __getitem__(self, positions: list[int]) -> Batch:
-        places, turn = np.divmod(positions, self.turns)
+        places, variant = np.divmod(positions, self.variants)
         rows = self.rows[places]
         if self.cache is None:
             images, kept = self._decode(rows)
             there = np.isin(rows, kept)
-            rows, turn, view = rows[there], turn[there], torch.from_numpy(images)
+            rows, variant, view = rows[there], variant[there], torch.from_numpy(images)
         else:
             view = self.cache[places]
-        labels = None if self.numbers is None else torch.from_numpy(self.numbers[rows] * self.turns + turn)
-        return Batch((_turned(view, turn),), labels, torch.from_numpy(rows * self.turns + turn))
+        labels = None if self.numbers is None else torch.from_numpy(self.numbers[rows] * self.variants + variant)
+        turn, way = np.divmod(variant, self.ways)
+        view = _turned(view, turn)
+        if self.warps is not None and labels is not None and way.any():
+            view = _warped(view, torch.from_numpy(way > 0), labels, self.warps)
+        return Batch((view,), labels, torch.from_numpy(rows * self.variants + variant))
 
 
 def _turned(images: Tensor, turn: np.ndarray) -> Tensor:
@@ -108,6 +116,14 @@ def _turned(images: Tensor, turn: np.ndarray) -> Tensor:
         chosen = torch.from_numpy(turn == number)
         image = images[chosen].flip(-1) if number >= 4 else images[chosen]
         images[chosen] = image.rot90(number % 4, (2, 3))
+    return images
+
+
+def _warped(images: Tensor, chosen: Tensor, keys: Tensor, warps: FixedViews) -> Tensor:
+    """The chosen images (B, C, S, S) uint8, each bent in the way of its key (B,)."""
+    grids = warps.drawn(keys[chosen], images.shape[-1])
+    bent = F.grid_sample(to_float(images[chosen]), grids, padding_mode=warps.pad, align_corners=False)
+    images[chosen] = bent.mul_(255).round_().byte()
     return images
 
 
@@ -122,7 +138,7 @@ class ImageData(pl.LightningDataModule):
         image_size: Side of the network's input in pixels.
         decode_size: Side at which training images are kept before views are cut from them; None takes image_size.
         channels: 3 for colour, 1 for grey.
-        fit: How an image of another shape becomes square: "crop", "stretch" or "pad".
+        fit: How an image of another shape becomes square: "crop", "stretch", "pad" or "ink", see `fit_image`.
         mean: Per channel, of images in [0, 1]; None is ImageNet's.
         std: As mean.
         select: Keep the rows of a manifest whose columns have these values, such as `{photo_set: train}`.
@@ -139,6 +155,8 @@ class ImageData(pl.LightningDataModule):
         turns: Classes made of each training class: 4 are its quarter turns, 8 also those of its mirror image, as in
             Santoro et al. 2016 (https://arxiv.org/abs/1605.06065). For pictures that show something else when turned,
             such as characters; the encoder remembers the data's classes alone.
+        warps: Further classes made of each of these: `count` in all, the class itself and others of which each has all
+            its images bent in a way of its own, drawn as `FixedViews` draws views. For few classes of drawings.
         test_views: Go into the trained `Encoder`, which averages over them; training does not know them.
         degrade: Bad conditions for some of the views, whatever they are; None leaves them as they are.
         seed: Of the split, the order and the views.
@@ -166,6 +184,7 @@ class ImageData(pl.LightningDataModule):
         batches_per_epoch: int | None = None,
         views: Views | PerImage | WholeBatch | Callable[[Tensor], Any] = Views(),  # noqa: B008 - frozen, so sharing it is harmless
         turns: Literal[1, 4, 8] = 1,
+        warps: FixedViews | Mapping[str, Any] | None = None,
         test_views: FixedViews | Mapping[str, Any] | None = None,
         degrade: Degrade | None = None,
         seed: int = 0,
@@ -203,6 +222,7 @@ class ImageData(pl.LightningDataModule):
         self.batches_per_epoch = batches_per_epoch
         self.views = views
         self.turns = turns
+        self.warps = FixedViews.of(warps)
         self.test_views = FixedViews.of(test_views)
         self.degrade = degrade
         self.seed = seed
@@ -214,8 +234,13 @@ class ImageData(pl.LightningDataModule):
 
     @property
     def num_targets(self) -> int:
-        """Number of classes in training: those of the data times their turns."""
-        return self.num_classes * self.turns
+        """Number of classes in training: those of the data with all that are made of them."""
+        return self.num_classes * self._variants
+
+    @property
+    def _variants(self) -> int:
+        """Classes that each class becomes."""
+        return self.turns * (1 if self.warps is None else self.warps.count)
 
     @property
     def preprocessing(self) -> dict[str, object]:
@@ -268,6 +293,8 @@ class ImageData(pl.LightningDataModule):
             if self.source is None:
                 raise ValueError("Call setup() first; a Trainer does it by itself.")
             rows = np.flatnonzero(self.roles == role)
+            if self.warps is not None and self.numbers is None:
+                raise ValueError(f"warps makes further classes of each class, but {self.root} has no labels.")
             if role == "train" and self.labels_per_class is not None:
                 rows = self._few_per_class(rows)
             self._datasets[role] = ImageBatches(
@@ -280,6 +307,7 @@ class ImageData(pl.LightningDataModule):
                 on_error=self.on_error,
                 cache_gib=self.cache_gib,
                 turns=self.turns if role == "train" else 1,
+                warps=self.warps if role == "train" else None,
             )
         return self._datasets[role]
 
@@ -308,7 +336,7 @@ class ImageData(pl.LightningDataModule):
 
     def _classes_per_batch(self, images_per_class: int) -> int:
         numbers, counts = np.unique(self.dataset("train").labels, return_counts=True)
-        lonely = sorted({self.class_names[number // self.turns] for number in numbers[counts < 2]})
+        lonely = sorted({self.class_names[number // self._variants] for number in numbers[counts < 2]})
         if lonely:
             raise ValueError(
                 f"{len(lonely)} of {self.num_classes} training classes have one image only and so no positive pair: "

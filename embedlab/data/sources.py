@@ -212,7 +212,7 @@ class Source:
             rows: Sample numbers of this source; None for all.
             size: Side of the images in pixels.
             channels: 3 for RGB, 1 for grey.
-            how: "crop", "stretch" or "pad", see `fit_image`.
+            how: "crop", "stretch", "pad" or "ink", see `fit_image`.
             on_error: "stop" or "skip".
             skip_limit: The largest share that may be left out.
             threads: Decoding threads; torchvision data sets are always read by one, they promise nothing about more.

@@ -632,13 +632,15 @@ class FixedViews:
 
     def grids(self, size: int) -> Tensor:
         """Where each pixel (count, size, size, 2) lies in the image, whose sides go from -1 to 1: x, then y."""
-        # saved encoders hold the settings, not these numbers: how they are drawn must never change
-        views, random = self._views(), keyed_uniform(torch.arange(self.count), _COLUMNS, seed=self.seed)
-        theta = views._geometry(random, 1.0)
-        grids = F.affine_grid(theta, [self.count, 1, size, size], align_corners=False)
-        grids = grids + views._bend(random[:, _BEND], size)
         plain = F.affine_grid(torch.eye(2, 3)[None], [1, 1, size, size], align_corners=False)
-        return torch.cat([plain, grids[1:]])
+        return torch.cat([plain, self.drawn(torch.arange(1, self.count), size)])
+
+    def drawn(self, keys: Tensor, size: int) -> Tensor:
+        """As `grids`, one for each of these numbers (N,)."""
+        # saved encoders hold the settings, not these numbers: how they are drawn must never change
+        views, random = self._views(), keyed_uniform(keys, _COLUMNS, seed=self.seed)
+        grids = F.affine_grid(views._geometry(random, 1.0), [len(keys), 1, size, size], align_corners=False)
+        return grids + views._bend(random[:, _BEND], size)
 
 
 # --- mixtures of several images ---

@@ -55,7 +55,7 @@ class Encoder(nn.Module):
         channels: 3 for colour, 1 for grey; None takes the backbone's `in_channels`, else 3.
         mean: Per channel, of images in [0, 1]; None is ImageNet's.
         std: As mean.
-        fit: How an image of another shape becomes square: "crop", "stretch" or "pad".
+        fit: How an image of another shape becomes square: "crop", "stretch", "pad" or "ink", see `fit_image`.
         test_views: Views of each image whose unit vectors are averaged, or their settings; None takes the image alone.
         identities: Hashes (`identity_hash`) of the labels that the weights were trained on; they are saved along but
             are no part of the fingerprint.

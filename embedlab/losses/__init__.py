@@ -41,3 +41,4 @@ from embedlab.losses.selfsupervised import KoLeoLoss as KoLeoLoss
 from embedlab.losses.selfsupervised import NegativeCosineLoss as NegativeCosineLoss
 from embedlab.losses.selfsupervised import SwAVLoss as SwAVLoss
 from embedlab.losses.selfsupervised import VICRegLoss as VICRegLoss
+from embedlab.losses.sum import SumLoss as SumLoss

@@ -137,7 +137,7 @@ class OnnxEmbedder:
     Args:
         path: The file, weights included.
         image_size: Side of the network's input in pixels; needed where the file leaves it open.
-        fit: How an image of another shape becomes square: "crop" (default), "stretch" or "pad".
+        fit: How an image of another shape becomes square: "crop" (default), "stretch", "pad" or "ink".
         mean: Per channel, of images in [0, 1], for a network that takes normalised floats; None is 0.
         std: As mean; None is 1.
 
