@@ -105,7 +105,7 @@ def test_every_recipe_runs(recipe, pictures, tmp_path, capsys) -> None:
     assert f"embedlab fit -c recipes/{recipe.name} --data.init_args.root FOLDER" in header
     assert "Should reach:" in header
     small = [*SMALL, "--trainer.max_epochs=1"]
-    if recipe.stem in ("supcon", "triplet", "contrastive"):
+    if recipe.stem in ("supcon", "triplet", "contrastive", "omniglot_oneshot"):
         small.append("--data.init_args.images_per_class=4")
     if recipe.stem == "omniglot_oneshot":
         small.append("--trainer.limit_train_batches=3")

@@ -491,7 +491,8 @@ def drawing(height: int, width: int, top: int, left: int, tall: int, wide: int, 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("height", "width"), [(100, 100), (100, 60)])
 @pytest.mark.parametrize(
-    ("top", "left", "tall", "wide"), [(10, 20, 30, 20), (0, 0, 30, 20), (85, 50, 15, 10), (5, 5, 90, 50), (40, 30, 1, 1)]
+    ("top", "left", "tall", "wide"),
+    [(10, 20, 30, 20), (0, 0, 30, 20), (85, 50, 15, 10), (5, 5, 90, 50), (40, 30, 1, 1)],
 )
 def test_ink_is_in_the_middle_and_its_sizes_are_brought_nearer(height, width, top, left, tall, wide, channels) -> None:
     array = drawing(height, width, top, left, tall, wide, channels)

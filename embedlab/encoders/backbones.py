@@ -24,7 +24,12 @@ _LAYERS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 }
 
 
-_STEMS = {"large": (7, 4, True), "imagenet": (7, 2, True), "medium": (5, 2, False), "small": (3, 1, False)}  # kernel, stride, max-pooling
+_STEMS = {
+    "large": (7, 4, True),
+    "imagenet": (7, 2, True),
+    "medium": (5, 2, False),
+    "small": (3, 1, False),
+}  # kernel, stride, max-pooling
 
 
 class PretrainedUnavailableError(RuntimeError):
