@@ -307,7 +307,7 @@ def fit_image(array: Pixels | Floats, size: int, how: Fit = "crop") -> np.ndarra
     left, top, right, bottom = 0.0, 0.0, float(width), float(height)
     target = (size, size)
     if how == "crop":
-        side = min(height, width)
+        side = float(min(height, width))
         left, top = (width - side) / 2, (height - side) / 2
         right, bottom = left + side, top + side
     elif how == "pad":
