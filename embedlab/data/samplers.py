@@ -108,7 +108,8 @@ class BalancedBatches(_Batches):
                 "Balanced batches need at least 2 classes (for negatives) and 2 images per class (for positives), got "
                 f"classes_per_batch={classes_per_batch}, images_per_class={images_per_class}."
             )
-        self.members = [np.flatnonzero(labels == number) for number in np.unique(labels)]
+        rows = np.argsort(labels, kind="stable")
+        self.members = np.split(rows, np.unique(labels[rows], return_index=True)[1])[1:]  # rows of each class
         lonely = [int(labels[rows[0]]) for rows in self.members if len(rows) < 2]
         if lonely:
             raise ValueError(
