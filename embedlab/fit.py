@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
-import torch
 import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
-from jsonargparse.typing import PositiveInt
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch import nn
@@ -120,13 +118,6 @@ class _FitCLI(LightningCLI):
         parser.add_class_arguments(Checkpoints, "checkpoints", skip={"folder"})
         parser.add_class_arguments(Monitor, "monitor")
         parser.callback_keys += ["checkpoints", "monitor"]
-        parser.add_argument(
-            "--threads",
-            type=PositiveInt | None,
-            default=None,
-            help="Threads of the processor that this process computes with; null is one for each core. One is slower "
-            "on idle cores, and far faster where others use them too: threads wait for each other at every step.",
-        )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Our bar, unless the recipe brings another or wants none."""
@@ -168,8 +159,6 @@ def main(arguments: list[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # bars and logs; stdout is for the result
         cli = _build([*_config_arguments(options.config), *rest], run)
         _checkpoints(cli).folder = run / "checkpoints"
-        if cli.config["threads"] is not None:
-            torch.set_num_threads(cli.config["threads"])
         if checkpoint is not None:
             _require_same_roles(cli.datamodule, run / "split.csv")
             if cli.trainer.is_global_zero:

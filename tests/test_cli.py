@@ -147,21 +147,6 @@ def test_a_trained_encoder_is_tuned_on_degraded_pictures(run, pictures, tmp_path
     assert before.identities <= after.identities
 
 
-def test_a_run_computes_with_the_threads_that_are_asked_for(pictures, tmp_path, capsys) -> None:
-    before, run = torch.get_num_threads(), tmp_path / "run"
-    command = ["fit", "-c", RECIPES / "supcon.yaml", f"--data.init_args.root={pictures}", *SMALL]
-    try:
-        torch.set_num_threads(1)
-        ask(capsys, *command, "--run", run, "--trainer.max_steps=1", "--threads", 3)
-        assert torch.get_num_threads() == 3
-        torch.set_num_threads(1)
-        ask(capsys, "fit", "--run", run, "--resume", "--trainer.max_steps=2")
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-    assert "threads" in fails(capsys, *command, "--run", tmp_path / "none", "--threads", 0, code=2)
-
-
 def test_the_checkpoint_is_that_of_the_end_also_without_a_validation_there(pictures, tmp_path, capsys) -> None:
     epochs = ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2"]
     result = ask(
