@@ -284,7 +284,8 @@ function confirmed(title, text) {
   $("confirm").returnValue = "no";
   $("confirm").showModal();
   return new Promise((done) => {
-    $("confirm").addEventListener("close", () => done($("confirm").returnValue === "yes"), { once: true });
+    // a late event of the dialog before this one finds it open and is no answer
+    $("confirm").onclose = () => { if (!$("confirm").open) done($("confirm").returnValue === "yes"); };
   });
 }
 
