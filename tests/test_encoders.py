@@ -337,6 +337,26 @@ def test_a_grid_of_places_is_kept_and_the_usual_mean_has_its_old_fingerprint(tmp
         ResNet("resnet8", pool=0)
 
 
+def test_standardised_pictures_look_alike_under_any_exposure(tmp_path) -> None:
+    torch.manual_seed(0)
+    backbone = ResNet("resnet8", stem="small", width=0.125, standardize=True).eval()
+    images = torch.rand(3, 3, 32, 32)
+    images = (images - images.mean((2, 3), keepdim=True)) / images.std((2, 3), keepdim=True)
+    gain, cast = torch.tensor([[1.0], [0.7], [2.0]]), torch.tensor([[0.0, 0.0, 0.0], [1.0, -2.0, 0.5], [3.0, 3.0, 3.0]])
+    exposed = images * gain[..., None, None] + cast[..., None, None]
+    torch.testing.assert_close(backbone(exposed), backbone(images), rtol=0.02, atol=0.01)
+    plain = ResNet("resnet8", stem="small", width=0.125).eval()
+    plain.load_state_dict(backbone.state_dict())
+    torch.testing.assert_close(plain(images), backbone(images), rtol=0.02, atol=0.01)
+    assert (plain(exposed) - plain(images)).abs().max() > 0.1, "which is what it is for"
+    assert torch.equal(backbone(torch.full((1, 3, 32, 32), 0.3)), backbone(torch.zeros(1, 3, 32, 32))), "no contrast"
+    noise = 1e-3 * torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(backbone(noise), backbone(torch.zeros_like(noise)), rtol=0.2, atol=0.02)  # stays noise
+    Encoder(backbone, image_size=32).save(tmp_path / "encoder")
+    assert Encoder.load(tmp_path / "encoder").backbone.standardize
+    assert "standardize" not in plain.config, "encoders of before keep their fingerprint"
+
+
 def test_description_is_plain_json(tmp_path) -> None:
     small().save(tmp_path / "encoder")
     description = json.loads((tmp_path / "encoder" / "encoder.json").read_text())

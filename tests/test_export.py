@@ -91,8 +91,8 @@ def exported(tmp_path_factory):
 
 ENCODERS = {
     "imagenet stem, MLP": lambda: Encoder(ResNet("resnet18", width=0.25), MLPHead(8), image_size=40),
-    "medium stem, group norm, grey": lambda: Encoder(
-        ResNet("resnet10", stem="medium", width=0.25, norm="group", in_channels=1), image_size=32
+    "medium stem, group norm, grey, standardised": lambda: Encoder(
+        ResNet("resnet10", stem="medium", width=0.25, norm="group", in_channels=1, standardize=True), image_size=32
     ),
     "small stem, layer norm, dropout": lambda: Encoder(
         ResNet("resnet8", stem="small", width=0.125), MLPHead(8, norm="layer", dropout=0.5), image_size=16

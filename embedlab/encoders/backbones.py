@@ -31,6 +31,8 @@ _STEMS = {
     "small": (3, 1, False),
 }  # kernel, stride, max-pooling
 
+_FLAT = 0.01  # added to the variance: what has less than a tenth of the usual contrast stays weak, noise among it
+
 
 class PretrainedUnavailableError(RuntimeError):
     """Pretrained weights were asked for and cannot be had here."""
@@ -68,6 +70,8 @@ class ResNet(nn.Module):
         pool: Side of the grid of places whose features are kept, each a mean over its part of the picture. 1 is the
             usual mean over all; 2 to 4 also tell where something is, for aligned pictures such as faces, with pool^2
             times the features.
+        standardize: Bring each image, channel by channel, to mean 0 and deviation 1 first: for pictures whose exposure
+            or colour cast changes and means nothing.
         pretrained: Start from torchvision's ImageNet weights (needs stem="imagenet", norm="batch", width=1).
 
     Shape: images (B, in_channels, H, W), normalised, to features (B, out_features).
@@ -86,6 +90,7 @@ class ResNet(nn.Module):
         in_channels: int = 3,
         norm: Literal["batch", "group"] = "batch",
         pool: int = 1,
+        standardize: bool = False,
         pretrained: bool = False,
     ) -> None:
         super().__init__()
@@ -103,8 +108,12 @@ class ResNet(nn.Module):
             "width": width,
             "in_channels": in_channels,
             "norm": norm,
-        } | ({"pool": pool} if pool > 1 else {})  # left out, an encoder keeps the fingerprint that it has always had
+        }
+        for option, given, usual in (("pool", pool, 1), ("standardize", standardize, False)):
+            if given != usual:  # left out, an encoder keeps the fingerprint that it has always had
+                self.config[option] = given
         self.in_channels = in_channels
+        self.standardize = standardize
         self.net = _build(name, stem, width, in_channels, norm)
         self.out_features: int = self.net.fc.in_features * pool**2
         self.net.avgpool = nn.AdaptiveAvgPool2d(pool)
@@ -118,8 +127,13 @@ class ResNet(nn.Module):
             _load_imagenet(self.net, name, in_channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.net(images)
+        features: Tensor = self.net(_standardized(images) if self.standardize else images)
         return features
+
+
+def _standardized(images: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(images, dim=(2, 3), correction=0, keepdim=True)
+    return (images - mean) * (variance + _FLAT).rsqrt()
 
 
 def _build(name: str, stem: str, width: float, in_channels: int, norm: str) -> torchvision.models.ResNet:
