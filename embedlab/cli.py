@@ -305,6 +305,12 @@ def _add_finetune(commands: Any) -> None:
     parser.add_argument("--freeze", action="store_true", help="train the classifier only (linear probe)")
     parser.add_argument("--flip", type=float, default=0.5, help="probability of a left-right flip; 0 for text")
     parser.add_argument(
+        "--quarter-turn",
+        type=float,
+        default=0.0,
+        help="probability of a turn by 90, 180 or 270 degrees; 0.75 for surfaces and all that has no upper side",
+    )
+    parser.add_argument(
         "--crop",
         type=float,
         default=0.5,
@@ -858,7 +864,7 @@ def _finetune(options: argparse.Namespace) -> Result:
         fractions=tuple(options.fractions),
         labels_per_class=options.labels_per_class,
         batch_size=options.batch_size,
-        views=Views(crop_scale=(options.crop, 1.0), flip=options.flip),
+        views=Views(crop_scale=(options.crop, 1.0), flip=options.flip, quarter_turn=options.quarter_turn),
         seed=options.seed,
         on_error=options.on_error,
         **encoder.preprocessing,

@@ -304,6 +304,23 @@ def test_strokes_get_thicker_and_thinner_by_half_a_pixel_at_most() -> None:
     torch.testing.assert_close(view[..., 0], line[..., 0])
 
 
+@pytest.mark.parametrize("flip", [0.0, 0.5])
+def test_quarter_turns_come_equally_often_and_move_no_pixel(flip) -> None:
+    image = torch.rand(1, 3, 6, 6)
+    settings = {**STILL, "flip": flip}
+    (views,) = Views(**settings, quarter_turn=0.6)(image.expand(2000, -1, -1, -1), torch.arange(2000), size=6)
+    mirrors = [image[0], image[0].flip(2)] if flip else [image[0]]
+    kinds = [mirror.rot90(by, (1, 2)) for by in range(4) for mirror in mirrors]
+    same = torch.stack([((views - kind).abs() < 1e-6).flatten(1).all(dim=1) for kind in kinds])
+    assert same.sum(dim=0).eq(1).all(), "each is one of them"
+    share = same.float().mean(dim=1).view(4, -1).sum(dim=1)
+    torch.testing.assert_close(share, torch.tensor([0.4, 0.2, 0.2, 0.2]), atol=0.03, rtol=0)
+    assert same.float().mean(dim=1).min() > 0.15 / len(mirrors)
+    (still,) = Views(**settings)(image.expand(2000, -1, -1, -1), torch.arange(2000), size=6)
+    unturned = same.view(4, len(mirrors), -1)[0].any(dim=0)
+    torch.testing.assert_close(views[unturned], still[unturned])
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (2, 2), (3, 7), (9, 4)])
 def test_the_outermost_neighbour_is_that_of_pooling(shape) -> None:
     images = torch.rand(3, 2, *shape)
@@ -337,7 +354,9 @@ EVERYTHING = {"count": 2, "blur": 0.5, "solarize": 0.3, "erase": 0.3, "second": 
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"degrees": 20.0}, {"hue": 0.0}, {"jitter": 0.0}, {"elastic": 0.05, "stroke": 0.5}], ids=str
+    "settings",
+    [{}, {"degrees": 20.0}, {"hue": 0.0}, {"jitter": 0.0}, {"elastic": 0.05, "stroke": 0.5, "quarter_turn": 0.75}],
+    ids=str,
 )
 @pytest.mark.parametrize(("channels", "size"), [(3, 13), (3, 32), (1, 13), (3, 64)])
 @pytest.mark.parametrize("kind", ["uint8", "float"])

@@ -22,8 +22,8 @@ _TRIES = 6  # boxes drawn per crop, of which the first that fits is taken
 _AREA, _RATIO, _PLACE = slice(0, _TRIES), slice(_TRIES, 2 * _TRIES), slice(2 * _TRIES, 2 * _TRIES + 2)
 _FLIP, _AFFINE, _COLOUR, _BLUR, _ERASE = 14, slice(15, 20), slice(20, 26), slice(26, 28), slice(28, 33)
 _ORDER, _SOLARIZE, _MORE_AREA, _MORE_RATIO = slice(33, 37), 37, slice(38, 42), slice(42, 46)
-_BEND, _STROKE = slice(46, 78), 78
-_FEW_COLUMNS, _COLUMNS = 46, 79  # without and with the last two
+_BEND, _STROKE, _QUARTER = slice(46, 78), 78, 79
+_FEW_COLUMNS, _COLUMNS = 46, 80  # without and with the last three
 
 _LATTICE = 4  # control points per side of the elastic distortion
 
@@ -61,7 +61,7 @@ class Views:
     """Random views of a batch of uint8 images, with the distributions of torchvision's transforms.
 
     Every number comes from (seed, epoch, sample, view), so that a view does not depend on batch, worker or rank. The
-    order is crop, flip, stroke, jitter, grey, blur, solarise, erase.
+    order is crop, flip, quarter turn, stroke, jitter, grey, blur, solarise, erase.
 
     Geometry is one resampling. A crop and a flip are torchvision's `RandomResizedCrop`, antialiased, to the pixel. With
     rotation, shear, shift, bending or a crop larger than the image it is one bilinear map whose crops lie between
@@ -97,6 +97,8 @@ class Views:
         elastic: Smooth bending as in handwriting: standard deviation of the shifts of 4 x 4 control points, as a share
             of the image's side.
         stroke: Strokes get up to this part of a pixel thicker or thinner at each edge, in [0, 1].
+        quarter_turn: Probability of a turn by 90, 180 or 270 degrees, each as often; 0.75 for pictures of which no side
+            is the upper one, such as surfaces, tissue and the ground from above.
 
     Example:
         >>> images, index = torch.zeros(5, 3, 32, 32, dtype=torch.uint8), torch.arange(5)
@@ -130,6 +132,7 @@ class Views:
     small: dict[str, Any] | None = None
     elastic: float = 0.0
     stroke: float = 0.0
+    quarter_turn: float = 0.0
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -139,7 +142,7 @@ class Views:
             raise ValueError(f"Views.elastic is a share of the side >= 0, got {self.elastic}; 0.02 to 0.05 bends.")
         if not 0 <= self.stroke <= 1:
             raise ValueError(f"Views.stroke must lie in [0, 1] (part of a pixel), got {self.stroke}.")
-        for name in ("flip", "jitter", "grayscale", "blur", "solarize", "erase"):
+        for name in ("flip", "jitter", "grayscale", "blur", "solarize", "erase", "quarter_turn"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Views.{name} is a probability in [0, 1], got {getattr(self, name)}.")
         if self.count < 1 or self.pad not in ("border", "zeros", "reflection"):
@@ -217,7 +220,7 @@ class Views:
 
     @property
     def _columns(self) -> int:
-        return _COLUMNS if self.elastic or self.stroke else _FEW_COLUMNS
+        return _COLUMNS if self.elastic or self.stroke or self.quarter_turn else _FEW_COLUMNS
 
     def _draw(self, images: Tensor, random: Tensor, size: int, normalize: Callable[[Tensor], Tensor]) -> Tensor:
         """(V B, C, size, size) for (V B, columns) random numbers, those of each view in the order of the images."""
@@ -340,7 +343,11 @@ class Views:
         return (between @ lattice @ between.T).permute(0, 2, 3, 1)
 
     def _redraw(self, views: Tensor, random: Tensor) -> Tensor:
-        """Thicker or thinner strokes, dark or light: part of the way to the darkest or lightest neighbour."""
+        """Quarter turns; strokes thicker or thinner: part of the way to the darkest or lightest neighbour."""
+        if self.quarter_turn:
+            turns = (random[:, _QUARTER] * (3 / self.quarter_turn)).floor()
+            for number in range(3):
+                views = _some(views, turns == number, lambda some, _, by=number + 1: some.rot90(by, (2, 3)))
         if not self.stroke:
             return views
         part = _spatial(random[:, _STROKE].mul(2).sub(1).mul(self.stroke))

@@ -567,7 +567,7 @@ def read_tiles(root: Path) -> Source:
 
 
 def patches(encoder: Encoder, images: Any, stage: str = "layer2") -> torch.Tensor:
-    """(N, P, F) features of every 2 x 2 places of one stage; pictures of all exposures are brought to one contrast."""
+    """(N, P, F) features of every 2 x 2 places of one stage."""
     caught: list[torch.Tensor] = []
     hook = getattr(encoder.backbone.net, stage).register_forward_hook(  # type: ignore[union-attr]
         lambda _module, _inputs, output: caught.append(torch.nn.functional.avg_pool2d(output, 2, ceil_mode=True))
@@ -575,9 +575,7 @@ def patches(encoder: Encoder, images: Any, stage: str = "layer2") -> torch.Tenso
     encoder.eval()
     with torch.no_grad():
         for start in range(0, len(images), 64):
-            part = torch.from_numpy(images[start : start + 64]).float()
-            mean, spread = part.mean((2, 3), keepdim=True), part.std((2, 3), keepdim=True) + 5  # grey levels
-            encoder.backbone((part - mean) / spread)
+            encoder(torch.from_numpy(images[start : start + 64]))
     hook.remove()
     return torch.cat(caught).flatten(2).transpose(1, 2)
 
@@ -718,7 +716,7 @@ def _finetuned(
     folder = options.out / "runs" / f"{start}-{loss}-seed{seed}"
     arguments = ["finetune", manifest, *begin, "--split", "column", "--positive", options.positive, "--beta", 2]
     arguments += ["--loss", loss, "--steps", options.steps, "--backbone-rate", rate, "--seed", seed]
-    arguments += ["--crop", 0.8, "--batch-size", 64]
+    arguments += ["--crop", 0.5, "--quarter-turn", 0.75, "--batch-size", 32]
     report = piece(folder, *arguments, reads=[manifest, encoder / "encoder.json"])
     with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
         found = {
@@ -751,7 +749,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--templates", type=int, default=3, help="enrolled pictures of an identity")
     parser.add_argument("--fpir", type=float, default=0.05, help="promised on characters")
     parser.add_argument("--positive", default="defect", help="the label of parts with a defect")
-    parser.add_argument("--steps", type=int, default=120, help="of fine-tuning on parts")
+    parser.add_argument("--steps", type=int, default=1500, help="of fine-tuning on parts")
     parser.add_argument("--rates", type=float, nargs=2, default=[0.1, 0.3], help="backbone's: pre-trained, scratch")
     options, options.more = parser.parse_known_args(arguments)
     options.folds = options.folds or {"faces": 4, "characters": 2}.get(options.table)
