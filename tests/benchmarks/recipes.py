@@ -712,11 +712,10 @@ def _finetuned(
     """`embedlab finetune`; the scores come from its predictions.csv."""
     encoder = options.out / "runs" / f"ssl-seed{seed}" / "encoder"
     begin = ["--encoder", encoder] if start == "self-supervised" else ["--scratch-like", encoder]
-    rate = options.rates[0] if start == "self-supervised" else options.rates[1]
     folder = options.out / "runs" / f"{start}-{loss}-seed{seed}"
     arguments = ["finetune", manifest, *begin, "--split", "column", "--positive", options.positive, "--beta", 2]
-    arguments += ["--loss", loss, "--steps", options.steps, "--backbone-rate", rate, "--seed", seed]
-    arguments += ["--crop", 0.5, "--quarter-turn", 0.75, "--batch-size", 32]
+    arguments += ["--loss", loss, "--steps", options.steps, "--seed", seed]
+    arguments += ["--backbone-rate", 0.3, "--crop", 0.5, "--quarter-turn", 0.75, "--batch-size", 32]
     report = piece(folder, *arguments, reads=[manifest, encoder / "encoder.json"])
     with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
         found = {
@@ -750,7 +749,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fpir", type=float, default=0.05, help="promised on characters")
     parser.add_argument("--positive", default="defect", help="the label of parts with a defect")
     parser.add_argument("--steps", type=int, default=1500, help="of fine-tuning on parts")
-    parser.add_argument("--rates", type=float, nargs=2, default=[0.1, 0.3], help="backbone's: pre-trained, scratch")
     options, options.more = parser.parse_known_args(arguments)
     options.folds = options.folds or {"faces": 4, "characters": 2}.get(options.table)
     options.data, options.out = options.data.absolute(), options.out.absolute()
