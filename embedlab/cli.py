@@ -804,8 +804,11 @@ def _selected_vectors(path: str, labels: str | None, select: list[str] | None) -
 
 
 def _oneshot(options: argparse.Namespace) -> Result:
+    from embedlab._machine import processor_name, versions
+    from embedlab.data.images import available_cores
     from embedlab.retrieval.embedders import as_embedder, on_device
     from embedlab.retrieval.oneshot import draw_runs, evaluate_runs, read_runs
+    from embedlab.retrieval.subjects import with_digest
 
     _require(options, "draw", "runs", "ways", "seed")
     runs = [] if options.draw else read_runs(options.path)  # an error before the encoder is loaded
@@ -817,7 +820,18 @@ def _oneshot(options: argparse.Namespace) -> Result:
         runs = read_runs(options.path)
     result = evaluate_runs(encoder, options.path, runs, batch_size=options.batch_size, precision=options.precision)
     protocol = {name: getattr(options, name) for name in ("path", "draw", "precision")} | drawing
-    protocol["preprocessing"] = encoder.preprocessing
+    protocol |= with_digest({"fingerprint": encoder.fingerprint, "preprocessing": encoder.preprocessing})
+    protocol |= {
+        "decision": "each trial alone: the training image of its run with the highest cosine",
+        "intervals": {
+            "confidence": 0.95,
+            "method": "percentile bootstrap over runs; Wilson's score interval over trials where all have one error",
+            "resamples": 2000,
+            "seed": 0,
+        },
+        "versions": versions("torch", "torchvision", "numpy", "pillow"),
+        "hardware": {"processor": processor_name(), "cores": available_cores()},
+    }
     low, high = result["interval"]
     lines = [f"{run['run']:10}{run['error']:7.1%}  of {run['trials']}, {run['ways']} ways" for run in result["runs"]]
     lines.append(

@@ -9,6 +9,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -28,7 +29,7 @@ from embedlab.data import open_source
 from embedlab.encoders import Encoder, LinearHead, ResNet
 from embedlab.retrieval import write_embeddings
 from embedlab.retrieval.comparison import compare
-from embedlab.retrieval.evaluation import Plan, evaluate
+from embedlab.retrieval.evaluation import Plan, evaluate, evaluate_retrieval
 from embedlab.retrieval.findings import class_figures, confusions, examples, nearest_of_class
 from embedlab.retrieval.subjects import Subject, short_names, stored_subject
 from embedlab.serving import evaluation, evaluation_pictures
@@ -199,7 +200,7 @@ def test_the_protocol_says_how_it_was_made(folder, tmp_path, capsys) -> None:
     assert len(told["preprocessing_digest"]) == 32
     assert protocol["data"]["query"]["images"] == protocol["data"]["reference"]["images"] == 21
     assert protocol["data"]["query"]["identities"] == 7
-    assert {"embedlab", "torch", "numpy", "faiss-cpu"} <= protocol["versions"].keys()
+    assert {"embedlab", "torch", "torchvision", "numpy", "faiss-cpu", "pillow"} <= protocol["versions"].keys()
     assert protocol["hardware"]["processor"]
     other = ask(capsys, "evaluate", folder / "all.csv", "--encoder", folder / "b" / "encoder", "--no-verification")
     assert other["protocol"]["subjects"]["encoder"]["preprocessing_digest"] == told["preprocessing_digest"]
@@ -439,20 +440,48 @@ def test_a_perfect_encoder_has_honest_intervals(tmp_path) -> None:
     assert "No query lies nearest to another class." in require_harmless(document).text
 
 
+def test_a_recall_is_at_least_that_of_smaller_depths() -> None:
+    """Wilson's interval, where all are right, is wider than the bootstrap's just before."""
+    vectors = np.repeat(np.eye(5), 4, axis=0) + 0.01 * np.random.default_rng(0).standard_normal((20, 5))
+    vectors[0, :2] = 0.7, 0.75  # nearer to the four of the second identity than to its own
+    held = Embeddings(vectors.astype(np.float32), [f"p{row // 4}" for row in range(20)], np.arange(20))
+    found = evaluate_retrieval(held)
+    lows = [low for low, _ in found["cmc_intervals"]]
+    assert found["cmc"][0] < 1 == found["cmc"][4]
+    assert lows == sorted(lows)
+    assert lows[4] > metrics.wilson_interval(5, 5)[0]
+    assert found["intervals"]["recall_at_10"][0] >= found["intervals"]["recall_at_1"][0]
+
+
+def test_what_so_few_images_cannot_say_is_said(tmp_path, caplog, capsys) -> None:
+    held = people(3, 4, 1)
+    held = Embeddings(held.vectors[:9], held.labels[:9], held.ids[:9])  # the third alone
+    path = str(stored(tmp_path / "v", held))
+    assert main(["evaluate", path]) == 0
+    assert "1 of 9 queries have no match to find: left out of recall" in capsys.readouterr().out
+    assert "k-NN with k = 20 lets all 8 candidates vote" in caplog.text
+    caplog.clear()
+    assert main(["evaluate", path, "--knn-k", "3"]) == 0
+    assert "candidates vote" not in caplog.text
+
+
 def protocol_for(found) -> dict:
     from embedlab.retrieval.evaluation import protocol_of
 
     return protocol_of([found])
 
 
-def test_a_set_without_genuine_pairs_has_no_verification(tmp_path) -> None:
+def test_a_set_without_genuine_pairs_has_no_verification(tmp_path, caplog) -> None:
     """Queries of other classes than each other still have matches in a reference; one class alone has no impostors."""
     one = people(1, 6, 1)
     found = evaluate(stored_subject(str(stored(tmp_path / "v", one))), Plan(path=str(tmp_path / "v")))
     assert found.figures["verification"] is None
     assert found.figures["intervals"] == {}
+    assert "all that is searched is of one identity, so every answer is right" in caplog.text
     document = evaluation.evaluation_report([found], None, protocol_for(found))
     assert "Verification" not in require_harmless(document).text
+    assert "-60%" not in document
+    assert re.search(r' d="M[^"L]+L', document), "one class has a line, too"
 
 
 def test_hostile_labels_and_paths_stay_text(folder, tmp_path, capsys) -> None:
@@ -629,6 +658,9 @@ def test_a_browser_shows_it_and_asks_nobody(browser, reports, tmp_path, name, wi
         head.click()
         assert page.evaluate(column) == sorted(falling)
         assert len(set(falling)) > 3
+        page.locator("#classes th button", has_text="Class").first.click()
+        named = page.evaluate(rows + ".map(row => row.cells[0].dataset.value)")
+        assert named == sorted(named), "names from A on first"
         chart = page.locator("[data-map]").last  # of the second encoder, whose pictures are those of the first
         chart.scroll_into_view_if_needed()
         dot = chart.locator("circle").nth(5).bounding_box()

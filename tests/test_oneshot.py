@@ -95,10 +95,16 @@ def test_every_trial_is_decided_alone(runs: Path) -> None:
     assert after.items() <= before.items()
 
 
-def test_candidates_are_all_training_images_of_the_run(runs: Path) -> None:
+def test_candidates_are_all_training_images_of_the_run(runs: Path, caplog) -> None:
     place = runs / "run01" / "class_labels.txt"
     place.write_text(place.read_text().splitlines()[3])
     (run, *_) = read_runs(runs)
+    assert "names 1 of the 4 images in test/, not run01/test/item01.png" in caplog.text
+    caplog.clear()
+    for number in (1, 2, 3):
+        (runs / "run01" / "test" / f"item{number:02d}.png").unlink()
+    assert read_runs(runs)[0] == run
+    assert not caplog.text
     assert run.training == [f"run01/training/class{number:02d}.png" for number in (1, 2, 3, 4)]
     assert (run.test, run.truth) == (["run01/test/item04.png"], [1])
 
@@ -110,7 +116,10 @@ def test_candidates_are_all_training_images_of_the_run(runs: Path) -> None:
         ("a b c", "line 1: expected two paths.* got 3"),
         ("/run01/test/item01.png run01/training/class01.png", "line 1: '/run01/test/item01.png' leads out of the runs"),
         ("run01/test/item01.png run01/training/../../x.png", r"line 1: 'run01/training/../../x.png' leads out"),
-        ("run01\\test\\item01.png run01/training/class01.png", "leads out of the runs; paths are relative"),
+        (
+            "run01\\test\\item01.png run01/training/class01.png",
+            r"has a backslash; folders are parted by /, as in RUN/test",
+        ),
         ("C:/test/item01.png run01/training/class01.png", "leads out of the runs"),
         (
             "run02/test/item01.png run01/training/class01.png",
@@ -161,7 +170,7 @@ def test_missing_parts(runs: Path, tmp_path: Path) -> None:
 
 def test_an_unreadable_image_is_named(runs: Path) -> None:
     (runs / "run02" / "test" / "item02.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(ImageError, match=r"run02/test/item02.png: the file is damaged|item02.png: not one of"):
+    with pytest.raises(ImageError, match=r"item02.png: .*(damaged|not one of).*Replace it: a run is whole"):
         evaluate_runs(pixels(), runs)
 
 
@@ -230,6 +239,9 @@ def test_command(runs: Path, characters: Path, tmp_path: Path, capsys: pytest.Ca
     assert [row["error"] for row in found["runs"]] == [0.25, 0, 0.5]
     assert found["error"] == pytest.approx(0.25)
     assert found["protocol"]["preprocessing"]["test_views"]["count"] == 2
+    assert len(found["protocol"]["preprocessing_digest"]) == 32
+    assert found["protocol"]["intervals"]["resamples"] == 2000
+    assert {"embedlab", "torch", "pillow"} <= found["protocol"]["versions"].keys()
     assert main(["oneshot", str(runs), "--encoder", encoder, "--runs", "1", "--seed", "0"]) == 1
     message = "--runs, --seed belong to --draw, which was not given; add it, or leave out --runs, --seed."
     assert message in capsys.readouterr().err

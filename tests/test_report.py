@@ -170,6 +170,13 @@ def test_scales_end_on_round_numbers_around_the_data(low, high) -> None:
     np.testing.assert_allclose(np.diff(values), values[1] - values[0])
 
 
+def test_measured_points_are_marked_where_asked() -> None:
+    points = [(0.0, 1.0), (1.0, 0.5), (3.0, 0.25)]
+    chart = line_chart([Line("rain", points, dots=True), Line("haze", points)], x="severity", y="recall")
+    places = re.findall(r'd="M([^"Z]+)"', chart)[0].split("L")
+    assert [f"{x} {y}" for x, y in re.findall(r'<circle cx="([^"]+)" cy="([^"]+)"', chart)] == places
+
+
 def test_lines_lie_where_their_points_are() -> None:
     chart = line_chart([Line("a", [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])], x="x", y="y", mark=(0.5, "half"))
     places = [tuple(map(float, place.split())) for place in re.search(' d="M([^"]+)"', chart)[1].split("L")]

@@ -33,7 +33,7 @@ IMAGE_SUFFIXES = frozenset(
     )
 )
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
-_REPLACE = "Replace the file, take it out of the data, or pass on_error=skip."
+_REPLACE = "Replace the file, take it out of the data, or skip it (--on-error skip, on_error='skip')."
 _BLOCK = 1024  # images handed to the threads at a time, so that a million files do not become a million futures at once
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
@@ -533,6 +533,7 @@ def report_skipped(skipped: list[tuple[str, str]], total: int, skip_limit: float
     if len(skipped) > skip_limit * total:
         raise ValueError(
             f"{len(skipped)} of {total} images cannot be read, more than the share of {skip_limit:.4g} that may be "
-            f"skipped: is this the right folder, was it copied whole? Repair them or raise skip_limit.{first}{more}"
+            f"skipped: is this the right folder, was it copied whole? Repair them, or take them out of the data."
+            f"{first}{more}"
         )
     logger.warning("Skipped %d of %d images that cannot be read:%s%s", len(skipped), total, first, more)

@@ -347,7 +347,7 @@ class Views:
         if self.quarter_turn:
             turns = (random[:, _QUARTER] * (3 / self.quarter_turn)).floor()
             for number in range(3):
-                views = _some(views, turns == number, lambda some, _, by=number + 1: some.rot90(by, (2, 3)))
+                views = _some(views, turns == number, functools.partial(_turn_quarters, number + 1))
         if not self.stroke:
             return views
         part = _spatial(random[:, _STROKE].mul(2).sub(1).mul(self.stroke))
@@ -447,6 +447,10 @@ def _some(views: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tens
     if len(rows):
         views[rows] = change(views[rows], rows)
     return views
+
+
+def _turn_quarters(number: int, views: Tensor, _rows: Tensor) -> Tensor:
+    return views.rot90(number, (2, 3))
 
 
 def _resize(image: Tensor, box: Sequence[int], size: int) -> Tensor:

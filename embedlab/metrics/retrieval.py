@@ -686,7 +686,7 @@ def _problem(
         raise ValueError(
             f"{int(lonely.sum())} of {len(lonely)} queries have no match to find, the first is query {first} "
             f"({problem.classes[problem.query_codes[first]]!s}): a class of one, labels of two different kinds, or "
-            "groups that exclude every class-mate? empty='zero' counts such queries as failures"
+            "groups that exclude every class-mate? In Python, empty='zero' counts such queries as failures"
             + ("." if lonely.all() else ", empty='skip' leaves them out.")
         )
     return problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,8 @@ from embedlab.retrieval.open_set import (
     take,
 )
 from embedlab.retrieval.subjects import Reading, Subject, Where
+
+logger = logging.getLogger("embedlab")
 
 DEPTH = 20  # last rank of the CMC curve
 NEIGHBOURS = 5  # of each query, kept for examples and confusions
@@ -203,6 +206,7 @@ def evaluate(subject: Subject, plan: Plan) -> Evaluation:
     _refuse_shared_images(query.embeddings, others)
     groups = _groups(plan.groups, query, reference)
     figures, per_query = retrieval_figures(query.embeddings, others, knn_k=plan.knn_k, groups=groups)
+    _warn_of_little(subject.name, plan, query.embeddings, others, groups)
     nearest, cosines = nearest_neighbours(
         query.embeddings.vectors, None if others is None else others.vectors, k=NEIGHBOURS, groups=groups
     )
@@ -221,6 +225,25 @@ def evaluate(subject: Subject, plan: Plan) -> Evaluation:
     return Evaluation(
         subject, plan, query, reference, figures, per_query, nearest, cosines, verification, trial, groups
     )
+
+
+def _warn_of_little(name: str, plan: Plan, query: Embeddings, reference: Embeddings | None, groups: Groups) -> None:
+    """Say which figures mean nothing on so few images or identities."""
+    if (identities := len(set(_labels(reference or query, "reference")))) < 2:
+        logger.warning(
+            "%s: all that is searched is of one identity, so every answer is right and recall says nothing; is the "
+            "label each image's own folder or column?",
+            name,
+        )
+    elif plan.knn_k >= (candidates := _most_candidates(query, reference, groups)):
+        logger.warning(
+            "%s: k-NN with k = %d lets all %d candidates vote, so that the larger identities win, and none of %d "
+            "equally large ones does where an image is searched among the others; choose a smaller --knn-k.",
+            name,
+            plan.knn_k,
+            candidates,
+            identities,
+        )
 
 
 def _groups(columns: Sequence[str], query: Reading, reference: Reading | None) -> Groups:
@@ -262,12 +285,13 @@ def protocol_of(found: Sequence[Evaluation]) -> dict[str, Any]:
         "intervals": {
             "confidence": 0.95,
             "method": "percentile bootstrap over identities, the labels of the queries; where all queries are right, "
-            "or none, Wilson's score interval with identities as trials",
+            "or none, Wilson's score interval with identities as trials; the lower end of a recall is that of the "
+            "smaller depths where these are higher",
             "resamples": 2000,
             "verification_resamples": RESAMPLES,
             "seed": 0,
         },
-        "versions": versions("torch", "numpy", "faiss-cpu", "scikit-learn"),
+        "versions": versions("torch", "torchvision", "numpy", "faiss-cpu", "scikit-learn", "pillow"),
         "hardware": {"processor": processor_name(), "cores": available_cores()},
     }
 
@@ -336,7 +360,7 @@ def retrieval_figures(
         hits = knn_hits(reference.vectors, names, query.vectors, labels, k=knn_k, groups=groups)
     main = ("recall_at_1", "recall_at_5", "recall_at_10", "r_precision", "map_at_r")
     per_query: dict[str, Floats] = {**report.per_query, "knn_accuracy": hits.astype(np.float64)}
-    intervals = intervals_of(per_query, labels)
+    intervals = _rising(intervals_of(per_query, labels), [f"recall_at_{rank}" for rank in ranks])
     result = {name: value for name, value in report.to_dict().items() if name in main or "_at_" not in name}
     curve = [f"recall_at_{rank}" for rank in ranks[:depth]]
     result |= {
@@ -348,6 +372,17 @@ def retrieval_figures(
         "cmc_intervals": [intervals[name] for name in curve if name in intervals],
     }
     return result, {name: per_query[name] for name in (*main, "knn_accuracy")}
+
+
+def _rising(intervals: dict[str, tuple[float, float]], curve: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """What a recall is at least, it is at least at every greater depth, however that one's interval was made."""
+    least = 0.0
+    for name in curve:
+        if name in intervals:
+            low, high = intervals[name]
+            least = max(least, low)
+            intervals[name] = (least, high)
+    return intervals
 
 
 def _most_candidates(query: Embeddings, reference: Embeddings | None, groups: Any) -> int:
@@ -537,6 +572,12 @@ def to_text(found: Sequence[Evaluation]) -> str:
     """The figures as tables for a terminal."""
     rows = {one.name: one.figures for one in found}
     text = table(rows, ["recall_at_1", "recall_at_5", "recall_at_10", "map_at_r", "r_precision", "knn_accuracy"])
+    figures = found[0].figures
+    if figures["without_match"]:
+        text += (
+            f"\n{figures['without_match']:,} of {figures['queries']:,} queries have no match to find: left out of "
+            "recall, MAP@R and R-precision, mistakes in k-NN"
+        )
     pairs = {name: row["verification"] for name, row in rows.items() if row.get("verification")}
     if pairs:
         first = next(iter(pairs.values()))

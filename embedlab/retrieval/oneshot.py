@@ -6,6 +6,7 @@ runs, each with one training image per class and some test images of the same cl
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import time
@@ -18,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from embedlab.data import Source, open_source
-from embedlab.data.images import IMAGE_SUFFIXES
+from embedlab.data.images import IMAGE_SUFFIXES, ImageError
 from embedlab.metrics import bootstrap_interval, wilson_interval
 from embedlab.retrieval._durable import new_folder
 from embedlab.retrieval.embedders import Embedder
+
+logger = logging.getLogger("embedlab")
 
 _LABELS = "class_labels.txt"
 _FORM = "RUN/test/ITEM.png RUN/training/CLASS.png"
@@ -114,6 +117,14 @@ def _read_run(folder: Path, name: str) -> OneShotRun:
         answers[item] = row[shown]
     if not answers:
         raise RunsError(f"{place} names no test image; expected lines {_FORM}.")
+    if unnamed := sorted(there - answers.keys()):
+        logger.warning(
+            "%s names %d of the %d images in test/, not %s: those that it names are the trials. Was it copied whole?",
+            place,
+            len(answers),
+            len(there),
+            unnamed[0],
+        )
     return OneShotRun(name, training, list(answers), list(answers.values()))
 
 
@@ -132,7 +143,9 @@ def _parse_line(where: str, run: str, line: str) -> tuple[str, str]:
         raise RunsError(f"{where}: expected two paths, {_FORM}, got {len(fields)}: {line.strip()[:100]!r}.")
     for field, role in zip(fields, ("test", "training"), strict=True):
         parts = PurePosixPath(field).parts
-        if field.startswith("/") or ".." in parts or "\\" in field or ":" in parts[0]:
+        if "\\" in field:
+            raise RunsError(f"{where}: {field!r} has a backslash; folders are parted by /, as in {_FORM}.")
+        if field.startswith("/") or ".." in parts or ":" in parts[0]:
             raise RunsError(f"{where}: {field!r} leads out of the runs; paths are relative to the folder of all runs.")
         if len(parts) != 3 or parts[:2] != (run, role):
             raise RunsError(f"{where}: expected {run}/{role}/NAME.png, got {field!r}; a line is {_FORM}.")
@@ -167,7 +180,11 @@ def evaluate_runs(
     started = time.perf_counter()
     found = read_runs(folder) if runs is None else list(runs)
     files = [path for run in found for path in (*run.training, *run.test)]
-    vectors = embedder.embed([str(Path(folder) / path) for path in files], **options).vectors
+    try:
+        vectors = embedder.embed([str(Path(folder) / path) for path in files], **options).vectors
+    except ImageError as error:
+        text = f"Cannot read image {error.path}: {error.reason}. Replace it: a run is whole or no run."
+        raise ImageError(text, path=error.path, reason=error.reason) from error
     if len(vectors) != len(files):
         raise RunsError(f"{len(files)} images gave {len(vectors)} vectors: a run is whole or no run; on_error=stop.")
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -91,7 +91,7 @@ def stored_subject(path: str, labels: str | None = None, *, name: str = "vectors
     told = {"encoder", "preprocessing", "precision", "source", "select"}
     made = read_protocol(path) if (os.path.isdir(path) and is_vectors(path)) else {}
     about = {("fingerprint" if key == "encoder" else key): made[key] for key in sorted(told & made.keys())}
-    return Subject(name, read, {"path": path, **_with_digest(about)})
+    return Subject(name, read, {"path": path, **with_digest(about)})
 
 
 def encoder_subject(
@@ -127,7 +127,7 @@ def encoder_subject(
         "batch_size": chosen.batch_size,
         "device": "cpu" if exported else _device(placed),
     }
-    return Subject(name, read, _with_digest(about), placed)
+    return Subject(name, read, with_digest(about), placed)
 
 
 def _device(encoder: Encoder) -> str:
@@ -186,7 +186,7 @@ def _reading(source: Source, found: Embeddings) -> Reading:
     )
 
 
-def _with_digest(about: Mapping[str, Any]) -> dict[str, Any]:
+def with_digest(about: Mapping[str, Any]) -> dict[str, Any]:
     """The same with a digest over the preprocessing, by which two protocols are told apart at a glance."""
     if "preprocessing" not in about:
         return dict(about)

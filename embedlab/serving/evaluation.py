@@ -81,7 +81,7 @@ def evaluation_report(
             "header",
             tag("div", "Comparison" if comparison else "Evaluation", class_="eyebrow"),
             tag("h1", title),
-            tag("p", _told(first, data, compared=comparison is not None), class_="quiet"),
+            tag("p", _told(found, data, compared=comparison is not None), class_="quiet"),
             tag("nav", [tag("a", text, href=f"#{name}") for name, text in links]),
         ),
         tag(
@@ -117,7 +117,9 @@ def _last_parts(path: str) -> str:
     return "/".join(path.rstrip("/").split("/")[-2:]) or path
 
 
-def _told(first: Evaluation, data: Mapping[str, Any], *, compared: bool) -> str:
+def _told(found: Sequence[Evaluation], data: Mapping[str, Any], *, compared: bool) -> str:
+    first = found[0]
+    dims = list(dict.fromkeys(str(one.query.embeddings.vectors.shape[1]) for one in found[: 2 if compared else 1]))
     where = (
         "every image searched among the others (leave-one-out)"
         if first.reference is None
@@ -126,7 +128,8 @@ def _told(first: Evaluation, data: Mapping[str, Any], *, compared: bool) -> str:
     lost = data["skipped"]
     return (
         (f"{_last_parts(first.plan.path)}: " if compared else "")
-        + f"{data['images']:,} images of {data['identities']:,} identities, {where}; {data['dim']} numbers per image."
+        + f"{data['images']:,} images of {data['identities']:,} identities, {where}; "
+        + f"{' and '.join(dims)} numbers per image."
         + (f" {lost:,} unreadable images were skipped." if lost else "")
     )
 
@@ -370,6 +373,7 @@ def _retrieval(found: Sequence[Evaluation]) -> Html:
         band = [(rank, low, high) for rank, (low, high) in enumerate(ranges, 1)] if number < 2 else []
         curves.append(Line(one.name, list(enumerate(curve, 1)), tone, dashed, band=band))
         recalls = sorted(row.recall_at_1 for row in class_figures(one) if row.recall_at_1 is not None)
+        recalls *= 2 if len(recalls) == 1 else 1  # a level line
         steps = [(place / max(1, len(recalls) - 1), recall) for place, recall in enumerate(recalls)]
         classes.append(Line(one.name, _every(steps, CURVE), tone, dashed))
     figures = found[0].figures
@@ -647,7 +651,10 @@ def _degraded(found: Evaluation) -> Html:
     for row in report["rows"]:
         if row["severity"]:
             kinds.setdefault(row["degradation"], [(0, clean)]).append((row["severity"], row["recall_at_1"]))
-    lines = [Line(name, sorted(points), *_tone_of(number)) for number, (name, points) in enumerate(kinds.items())]
+    lines = [
+        Line(name.replace("_", " "), sorted(points), *_tone_of(number), dots=True)
+        for number, (name, points) in enumerate(kinds.items())
+    ]
     means = {name.replace("_", " "): mean for name, mean in report["means"].items()}
     shown = {figure: title for figure, title in FIGURES.items() if mean_of(means["all"], figure)[0] is not None}
     rows = [(name, *(_mean_cell(*mean_of(mean, figure)) for figure in shown)) for name, mean in means.items()]
@@ -655,8 +662,8 @@ def _degraded(found: Evaluation) -> Html:
         "Bad conditions",
         tag(
             "p",
-            f"Recall@1 where queries are degraded and what is searched stays clean, {_mode(found)}; 0 is clean. The "
-            "table has means over the severities.",
+            f"Recall@1 of {found.name} where queries are degraded and what is searched stays clean, {_mode(found)}; 0 "
+            "is clean. The table has means over the severities.",
             class_="quiet",
         ),
         line_chart(lines, x=Axis("severity", low=0.0), y=Axis("recall@1", percent=True, low=0.0)),

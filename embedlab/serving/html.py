@@ -157,6 +157,7 @@ class Line:
         dashed: For bounds.
         filled: Down to the bottom, for distributions.
         band: (x, low, high), an area around the line, such as its interval.
+        dots: Whether points are marked: for few of them, between which nothing was measured.
     """
 
     name: str
@@ -165,6 +166,7 @@ class Line:
     dashed: bool = False
     filled: bool = False
     band: Sequence[tuple[float, float, float]] = ()
+    dots: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,8 @@ class _Scale:
             self.steps = [10.0**power for power in range(int(self.high), int(self.low) - 1, -every)]
         else:
             lowest = min(values) if axis.low is None else min(axis.low, *values)
-            self.low, self.high, self.steps = nice_scale(lowest, max(values))
+            alike = axis.percent and max(values) <= lowest
+            self.low, self.high, self.steps = nice_scale(*((0.0, 1.0) if alike else (lowest, max(values))))
             if axis.exact and max(values) > lowest:
                 self.low, self.high = lowest, max(values)
                 self.steps = [step for step in self.steps if self.low <= step <= self.high]
@@ -287,6 +290,8 @@ def line_chart(
             drawn.append(tag("path", d=_path(area) + "Z", class_=f"area tone-{line.tone}"))
         if there:
             drawn.append(tag("path", d=_path(there), class_=_tone(line)))
+        if line.dots:
+            drawn += [tag("circle", cx=_units(x), cy=_units(y), r=4, class_=f"dot tone-{line.tone}") for x, y in there]
     drawing = tag(
         "svg",
         tag("title", description) if description else None,

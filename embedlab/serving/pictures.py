@@ -253,7 +253,7 @@ def draw_robustness(path: str | Path, reports: Mapping[str, Mapping[str, Any]]) 
             Line2D([], [], color="black", linestyle="--", label="detection"),
             Line2D([], [], color="black", linestyle=":", label="observed FPIR"),
         ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
 
 

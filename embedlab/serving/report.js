@@ -14,8 +14,9 @@ for (const head of document.querySelectorAll("th[data-sort]")) {
   button.append(...head.childNodes); head.append(button);
   button.addEventListener("click", () => {
     const body = head.closest("table").tBodies[0], place = head.cellIndex;
-    const down = head.getAttribute("aria-sort") !== "descending", key = row => row.cells[place].dataset.value;
-    const order = (a, b) => head.dataset.sort === "number" ? key(a) - key(b) : key(a).localeCompare(key(b));
+    const number = head.dataset.sort === "number", sorted = head.getAttribute("aria-sort"); // first the largest, or A to Z
+    const down = number ? sorted !== "descending" : sorted === "ascending", key = row => row.cells[place].dataset.value;
+    const order = (a, b) => number ? key(a) - key(b) : key(a).localeCompare(key(b), undefined, { numeric: true });
     for (const other of head.parentNode.children) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
     body.append(...[...body.rows].sort((a, b) => down ? order(b, a) : order(a, b)));
