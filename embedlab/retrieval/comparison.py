@@ -78,9 +78,12 @@ def _require_same_images(first: Evaluation, second: Evaluation) -> None:
         ours, theirs = side(first).embeddings, side(second).embeddings
         named = ours.paths is not None and theirs.paths is not None
         if ours.labels != theirs.labels or (named and ours.paths != theirs.paths):
+            paths = zip(ours.paths or [], theirs.paths or [], strict=False)
+            other = next((f": {one} and {two} are the first that differ" for one, two in paths if one != two), "")
             raise ValueError(
                 f"{first.name} and {second.name} were not given the same {what} in the same order ({len(ours)} and "
-                f"{len(theirs)} images), which a paired comparison needs. Were some skipped, or is it other data?"
+                f"{len(theirs)} images), which a paired comparison needs{other}. Were some skipped, is it other data, "
+                "or a copy in another folder?"
             )
 
 
