@@ -526,3 +526,55 @@ def test_best_threshold_reaches_the_best_f_beta(kind, beta):
 def test_figures_over_identities_refuse_and_say_why(function, text):
     with pytest.raises(ValueError, match=text):
         function()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("bins", [10, 15, 20, 50, 100])
+def test_a_confidence_on_an_edge_belongs_to_the_upper_bin(bins, kind) -> None:
+    below = np.arange(bins) / bins + 0.5 / bins
+    for edge in range(1, bins):
+        confidence = np.array([edge / bins, *below]).astype(kind)
+        right = np.array([0] + [1] * bins)
+        gap = abs((2 * (edge / bins) + 0.5 / bins) - 1)  # of the two in the upper bin
+        want = (gap + sum(abs(1 - one) for place, one in enumerate(below) if place != edge)) / (bins + 1)
+        assert metrics.calibration_error(confidence, right, bins=bins) == pytest.approx(want, abs=2e-3 / bins + 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("upper", "lower"), [(0.9, -np.inf), (np.inf, -np.inf), (np.inf, 0.0), (1 - 2**-53, 1 - 2**-52), (0.9, 0.1)]
+)
+def test_thresholds_lie_between_what_they_part(upper, lower) -> None:
+    threshold = metrics.best_threshold([upper, lower], [1, 0])
+    assert lower < threshold <= upper
+    assert metrics.best_accuracy([upper] * 2 + [lower] * 2, [1, 1, 0, 0], folds=2) == (1.0, 0.0)
+
+
+def test_integers_of_two_kinds_keep_their_digits() -> None:
+    signed, unsigned = np.array([2**60]), np.array([2**60 + 1, 2**60], np.uint64)
+    vectors = np.array([[1.0, 0], [0, 1]])
+    assert metrics.recall_at_k(vectors[:1], signed, vectors, unsigned) == 0
+    large = np.array([2**63 + 1, 2**60], np.uint64)
+    assert metrics.recall_at_k(vectors[:1], signed, vectors[::-1], large) == 1
+    with pytest.raises(ValueError, match="no type holds both. Convert both to strings"):
+        metrics.recall_at_k(vectors[:1], np.array([-1]), vectors, large)
+
+
+def test_rare_impostors_are_all_taken_or_drawn_evenly() -> None:
+    labels = np.zeros(1201, int)
+    labels[-1] = 1
+    pairs = metrics.draw_pairs(labels, most=2000)
+    assert pairs.impostors_total == 1200
+    assert pairs.impostors.tolist() == [[row, 1200] for row in range(1200)]
+    few = metrics.draw_pairs(labels, most=400)
+    assert few.impostors.shape == (400, 2)
+    assert set(few.impostors[:, 1]) == {1200}
+    assert abs(few.impostors[:, 0].mean() - 600) < 60
+    # groups that leave few: all pairs but those with one of the last four
+    labels, groups = np.arange(600) % 3, np.array([0] * 596 + [1, 2, 3, 4])
+    grouped = metrics.draw_pairs(labels, groups=groups, most=5000)
+    want = [[i, j] for i in range(600) for j in range(i + 1, 600) if labels[i] != labels[j] and groups[i] != groups[j]]
+    assert grouped.impostors.tolist() == want
+    split = metrics.draw_pairs(labels[:300], labels, groups=(groups[:300], groups), most=5000)
+    assert len(split.impostors) == split.impostors_total
+    assert (labels[split.impostors[:, 0]] != labels[split.impostors[:, 1]]).all()
+    assert (groups[split.impostors[:, 0]] != groups[split.impostors[:, 1]]).all()

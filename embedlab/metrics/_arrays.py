@@ -83,9 +83,27 @@ def encode_together(first: Array, second: Array, names: str) -> tuple[Integers, 
             f"{names} cannot be compared: one side holds strings ({first.dtype}), the other numbers "
             f"({second.dtype}), so nothing would ever match. Convert one side."
         )
+    if {first.dtype.kind, second.dtype.kind} == {
+        "i",
+        "u",
+    }:  # together NumPy would make float64 of them, and lose digits
+        signed, unsigned = (first, second) if first.dtype.kind == "i" else (second, first)
+        if unsigned.max(initial=0) > np.iinfo(np.int64).max and signed.min(initial=0) < 0:
+            raise ValueError(
+                f"{names} cannot be compared: one side is {unsigned.dtype} above 2^63, the other below 0, so that no "
+                "type holds both. Convert both to strings."
+            )
+        kind = np.uint64 if unsigned.max(initial=0) > np.iinfo(np.int64).max else np.int64
+        first, second = first.astype(kind), second.astype(kind)
     classes, codes = np.unique(np.concatenate([first, second]), return_inverse=True)
     codes = codes.astype(np.int64)
     return codes[: len(first)], codes[len(first) :], classes
+
+
+def between(upper: float, lower: float) -> float:
+    """A threshold that `upper` reaches and `lower` does not: their middle, or `upper` where there is none."""
+    middle = float(upper) / 2 + float(lower) / 2
+    return middle if lower < middle <= upper else float(upper)
 
 
 def digest(*arrays: Array | None) -> str:

@@ -14,6 +14,7 @@ from embedlab.metrics._arrays import (
     as_flags,
     as_labels,
     as_scores,
+    between,
     encode_together,
 )
 from embedlab.metrics.verification import average_precision, roc_auc
@@ -200,7 +201,7 @@ def best_threshold(scores: Any, positive: Any, *, beta: float = 1.0) -> float:
     figures = (1 + beta**2) * hits / (beta**2 * flags.sum() + accepted)
     best = int(figures.argmax())
     below = levels[best + 1] if best + 1 < len(levels) else levels[best]
-    return float(levels[best] / 2 + below / 2)
+    return between(levels[best], below)
 
 
 def multilabel_confusion_matrix(prediction: Any, target: Any) -> Integers:
@@ -267,7 +268,10 @@ def calibration_error(probabilities: Any, target: Any, *, bins: int = 15, norm: 
         if given.ndim == 1
         else (given.max(axis=1), (given.argmax(axis=1) == truth).astype(np.float64))
     )
-    place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+    edges = np.arange(1, bins) / bins
+    if (kind := as_array(probabilities).dtype).kind == "f":  # in their precision: a float32 0.7 lies on the edge 0.7
+        edges = edges.astype(kind)
+    place = np.searchsorted(edges.astype(np.float64), confidence, side="right")
     sizes = np.bincount(place, minlength=bins)
     gaps = np.abs(np.bincount(place, right - confidence, bins)) / np.maximum(sizes, 1)
     shares = sizes / len(place)

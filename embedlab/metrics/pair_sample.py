@@ -5,7 +5,7 @@ The figures themselves come from all pairs (`verification_report`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from embedlab.metrics.verification import _equal_errors
 
 MOST = 300_000  # pairs of a kind
 LEVELS = 1024  # thresholds between which scores are not told apart in resamples
-_BLOCK = 4 << 20  # weights in memory at a time
+_BLOCK = 4 << 20  # weights, or pairs, in memory at a time
+_RARE = 20  # impostors that are fewer than one pair in so many are looked for, not met by chance
 Marks = tuple[Integers, Integers] | None  # the group of each row of both sides
 
 
@@ -102,10 +103,13 @@ def draw_pairs(
         _all_genuine(left, right, within, marks)
         if genuine <= most
         else _some_genuine(left, right, per_class, within, marks, generator, most),
-        _all_impostors(left, right, within, marks) if everything <= 4 * most else np.empty((0, 2), dtype=np.int64),
     ]
-    if everything > 4 * most or len(drawn[1]) > most:
-        drawn[1] = _some_impostors(left, right, marks, generator, most)
+    if impostors <= most:
+        drawn.append(np.concatenate(list(_impostor_blocks(left, right, within, marks))))
+    elif impostors < everything / _RARE:
+        drawn.append(_rare_impostors(left, right, within, marks, np.sort(generator.integers(impostors, size=most))))
+    else:
+        drawn.append(_some_impostors(left, right, marks, generator, most))
     return PairSample(drawn[0], drawn[1], (left, right), genuine, impostors)
 
 
@@ -142,11 +146,27 @@ def _members(codes: Integers, others: Integers) -> list[Array]:
     return np.split(np.argsort(codes, kind="stable"), np.cumsum(sizes)[:-1])
 
 
-def _all_impostors(left: Integers, right: Integers, within: bool, marks: Marks) -> Integers:
-    rows, columns = np.triu_indices(len(left), 1) if within else np.indices((len(left), len(right))).reshape(2, -1)
-    kept = left[rows] != right[columns]
-    pairs = np.stack([rows[kept], columns[kept]], axis=1).astype(np.int64)
-    return pairs[_apart(pairs, marks)]
+def _impostor_blocks(left: Integers, right: Integers, within: bool, marks: Marks) -> Iterator[Integers]:
+    """All impostor pairs in the order of rows, some rows at a time."""
+    rows = max(1, _BLOCK // len(right))
+    for start in range(0, len(left), rows):
+        part = slice(start, start + rows)
+        kept = np.not_equal.outer(left[part], right)
+        if within:
+            kept &= np.arange(len(right)) > np.arange(len(left))[part, None]
+        if marks is not None:
+            kept &= np.not_equal.outer(marks[0][part], marks[1])
+        yield np.argwhere(kept).astype(np.int64) + np.array([start, 0], dtype=np.int64)
+
+
+def _rare_impostors(left: Integers, right: Integers, within: bool, marks: Marks, wanted: Integers) -> Integers:
+    """Those with the given numbers, in ascending order: drawing until a rare one is met takes too long."""
+    parts, before = [], 0
+    for block in _impostor_blocks(left, right, within, marks):
+        first, last = np.searchsorted(wanted, [before, before + len(block)])
+        parts.append(block[wanted[first:last] - before])
+        before += len(block)
+    return np.concatenate(parts)
 
 
 def _some_genuine(

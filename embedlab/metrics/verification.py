@@ -8,7 +8,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from embedlab.metrics._arrays import Array, Floats, Integers, as_array, as_flags, as_labels, as_scores, digest
+from embedlab.metrics._arrays import Array, Floats, Integers, as_array, as_flags, as_labels, as_scores, between, digest
 from embedlab.metrics._pairs import count_pairs
 from embedlab.metrics._ranking import Rows
 from embedlab.metrics._share import Share
@@ -157,7 +157,7 @@ def _most_accurate(genuine: Floats, impostor: Floats) -> float:
     if best == 0:
         return float("inf")
     lower = thresholds[best + 1] if best + 1 < len(thresholds) else thresholds[best]
-    return float(thresholds[best] / 2 + lower / 2)
+    return between(thresholds[best], lower)
 
 
 @overload
