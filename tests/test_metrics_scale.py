@@ -322,6 +322,35 @@ def test_more_genuine_pairs_than_can_be_held_cost_six_decimals_only(monkeypatch)
     np.testing.assert_allclose(coarse.tar, exact.tar, atol=1e-3)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_vectors_that_all_point_one_way_are_told_apart(monkeypatch, grouped):
+    random = np.random.default_rng(3)
+    labels = np.arange(160) % 2
+    shift = np.where(labels[:, None] == 1, 1, -1) * 1e-4 * np.repeat([1, -1], 8)
+    vectors = np.ones((160, 16)) + shift + 1e-4 * random.standard_normal((160, 16))
+    groups = np.repeat([0, 1], [120, 40]) if grouped else None
+    scores, same = all_pairs(vectors, labels, groups)
+    assert np.ptp(scores) < 1e-6
+    monkeypatch.setattr(_pairs, "HELD", 2000)
+    report = metrics.verification_report(vectors, labels, groups=groups, far=0.1)
+    assert report.resolution == 1e-12
+    assert 0.9 < metrics.roc_auc(scores, same) < 1
+    assert report.auc == pytest.approx(metrics.roc_auc(scores, same), abs=1e-4)
+    assert report.eer == pytest.approx(metrics.eer(scores, same), abs=2e-3)
+
+
+def test_pairs_outside_the_groups_decide_whether_all_are_held(monkeypatch):
+    random = np.random.default_rng(5)
+    labels, groups = np.arange(80) % 2, np.repeat([0, 1], [76, 4])
+    vectors = random.standard_normal((2, 6))[labels] + random.standard_normal((80, 6))
+    scores, same = all_pairs(vectors, labels, groups)
+    assert same.sum() == 152
+    monkeypatch.setattr(_pairs, "HELD", 200)
+    report = metrics.verification_report(vectors, labels, groups=groups, far=0.1)
+    assert report.resolution == 1e-12
+    assert report.auc == pytest.approx(metrics.roc_auc(scores, same), abs=1e-13)
+
+
 def test_pairs_are_never_held():
     random = np.random.default_rng(0)
     labels = np.arange(5000) // 4

@@ -533,7 +533,7 @@ def report_skipped(skipped: list[tuple[str, str]], total: int, skip_limit: float
     if len(skipped) > skip_limit * total:
         raise ValueError(
             f"{len(skipped)} of {total} images cannot be read, more than the share of {skip_limit:.4g} that may be "
-            f"skipped: is this the right folder, was it copied whole? Repair them, or take them out of the data."
+            "skipped: is this the right folder, was it copied whole? Repair them, or take them out of the data."
             f"{first}{more}"
         )
     logger.warning("Skipped %d of %d images that cannot be read:%s%s", len(skipped), total, first, more)

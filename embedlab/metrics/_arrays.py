@@ -83,10 +83,8 @@ def encode_together(first: Array, second: Array, names: str) -> tuple[Integers, 
             f"{names} cannot be compared: one side holds strings ({first.dtype}), the other numbers "
             f"({second.dtype}), so nothing would ever match. Convert one side."
         )
-    if {first.dtype.kind, second.dtype.kind} == {
-        "i",
-        "u",
-    }:  # together NumPy would make float64 of them, and lose digits
+    if {first.dtype.kind, second.dtype.kind} == {"i", "u"}:
+        # together NumPy would make float64 of them, and lose digits
         signed, unsigned = (first, second) if first.dtype.kind == "i" else (second, first)
         if unsigned.max(initial=0) > np.iinfo(np.int64).max and signed.min(initial=0) < 0:
             raise ValueError(

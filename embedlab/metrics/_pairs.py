@@ -1,5 +1,6 @@
 """All pairs of a set, streamed: how many impostor pairs lie below, at and above each genuine score?"""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -14,7 +15,7 @@ from embedlab.metrics._share import Share
 from embedlab.metrics._threads import in_threads
 
 HELD = 1 << 22  # genuine pairs that are held one by one
-COARSE_DECIMALS = 6  # beyond that: every level of this grid is one score
+COARSE = 2_000_000  # beyond that: levels of a decimal grid over the range of their scores, at most
 TILE = 1024  # rows and columns compared at a time, at most
 CELLS = 1 << 23  # of the grid that says where to look for a score, at most
 STEPS = 8  # from edge to edge within a cell, before the rest is searched by halving
@@ -39,9 +40,7 @@ class PairCounts:
 
 def count_pairs(rows: Rows, codes: Integers, groups: Sequence[Integers], share: Share) -> PairCounts:
     """Compare all pairs of rows (N, D) with classes `codes` (N,), leaving out those that share a group of any kind."""
-    sizes = np.bincount(codes)
-    decimals = DECIMALS if int((sizes * (sizes - 1) // 2).sum()) <= HELD else COARSE_DECIMALS
-    levels, genuine = _levels(rows, codes, groups, decimals)
+    levels, genuine, decimals = _levels(rows, codes, groups)
     resolution = 10.0**-decimals
     # half a step to either side: what rounds to a level lies between its two edges
     places = _Places(np.stack([levels - resolution / 2, levels + resolution / 2], axis=1).ravel())
@@ -91,18 +90,31 @@ class _Places:
         return place
 
 
-def _levels(rows: Rows, codes: Integers, groups: Sequence[Integers], decimals: int) -> tuple[Floats, Integers]:
-    """Distinct genuine scores, rounded, and how many pairs have each."""
-    scale = 10**decimals
-    if decimals == DECIMALS:
+def _levels(rows: Rows, codes: Integers, groups: Sequence[Integers]) -> tuple[Floats, Integers, int]:
+    """Distinct genuine scores, how many pairs have each, and the decimals to which scores are rounded.
+
+    All decimals where the genuine pairs can be held one by one, else as many as the range of their scores leaves levels
+    for: where all vectors point one way, scores lie close together and need more decimals to be told apart.
+    """
+    sizes = np.bincount(codes)
+    count, low, high = int((sizes * (sizes - 1) // 2).sum()), 1.0, -1.0
+    if count > HELD:
+        count = 0  # again, without those that share a group
+        for part in _genuine(rows, codes, groups):
+            count += len(part)
+            low, high = min(low, part.min(initial=1)), max(high, part.max(initial=-1))
+    if count <= HELD:
         scores = np.concatenate([np.empty(0), *_genuine(rows, codes, groups)])
-        found, counts = np.unique(np.rint(scores * scale), return_counts=True)
-        return found / scale, counts.astype(np.int64)
-    counts = np.zeros(2 * scale + 1, dtype=np.int64)
+        found, counts = np.unique(np.rint(scores * 10**DECIMALS), return_counts=True)
+        return found / 10**DECIMALS, counts.astype(np.int64), DECIMALS
+    decimals = min(DECIMALS, math.floor(math.log10(COARSE / max(high - low, 10.0**-DECIMALS)) + 1e-9))
+    scale = 10**decimals
+    first, last = round(low * scale), round(high * scale)
+    counts = np.zeros(last - first + 1, dtype=np.int64)
     for part in _genuine(rows, codes, groups):
-        np.add.at(counts, np.rint(np.clip(part, -1, 1) * scale).astype(np.int64) + scale, 1)
+        np.add.at(counts, np.rint(part * scale).astype(np.int64) - first, 1)
     present = np.flatnonzero(counts)
-    return (present - scale) / scale, counts[present]
+    return (present + first) / scale, counts[present], decimals
 
 
 def _genuine(rows: Rows, codes: Integers, groups: Sequence[Integers]) -> Iterator[Floats]:

@@ -215,7 +215,8 @@ class VerificationReport:
         threshold: Lowest cosine accepted at each; infinite where no genuine pair is.
         genuine: Genuine pairs compared.
         impostors: Impostor pairs compared.
-        resolution: Cosines closer than this are one: 1e-12, or 1e-6 where there are too many genuine pairs to hold.
+        resolution: Cosines closer than this are one: 1e-12, or more (1e-6 at most) where there are too many genuine
+            pairs to hold.
         average_precision: Of the genuine among all pairs, by cosine.
         eer_threshold: Lowest cosine accepted where false rejects first do not exceed false accepts.
         curve: For pictures, where points were asked for.

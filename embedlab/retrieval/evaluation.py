@@ -231,8 +231,8 @@ def _warn_of_little(name: str, plan: Plan, query: Embeddings, reference: Embeddi
     """Say which figures mean nothing on so few images or identities."""
     if (identities := len(set(_labels(reference or query, "reference")))) < 2:
         logger.warning(
-            "%s: all that is searched is of one identity, so every answer is right and recall says nothing; is the "
-            "label each image's own folder or column?",
+            "%s: all that is searched is of one identity, so every answer is right and recall says nothing; do the "
+            "labels name the identities (folders, or the column label)?",
             name,
         )
     elif plan.knn_k >= (candidates := _most_candidates(query, reference, groups)):
