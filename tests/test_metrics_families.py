@@ -1,6 +1,7 @@
 """Curves, open set, classification, segmentation, clustering: each against scikit-learn, torchmetrics or loops."""
 
 import math
+import tracemalloc
 
 import naive
 import numpy as np
@@ -578,3 +579,15 @@ def test_rare_impostors_are_all_taken_or_drawn_evenly() -> None:
     assert len(split.impostors) == split.impostors_total
     assert (labels[split.impostors[:, 0]] != labels[split.impostors[:, 1]]).all()
     assert (groups[split.impostors[:, 0]] != groups[split.impostors[:, 1]]).all()
+
+
+def test_many_classes_need_no_table_of_all_by_all() -> None:
+    labels = np.arange(12_000) // 2
+    clusters = np.random.default_rng(7).permutation(labels)
+    tracemalloc.start()
+    nmi, ari = metrics.normalized_mutual_information(clusters, labels), metrics.adjusted_rand_index(clusters, labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6
+    assert nmi == pytest.approx(sklearn.metrics.normalized_mutual_info_score(labels, clusters), abs=1e-12)
+    assert ari == pytest.approx(sklearn.metrics.adjusted_rand_score(labels, clusters), abs=1e-12)

@@ -27,11 +27,11 @@ def normalized_mutual_information(clusters: Any, labels: Any) -> float:
         >>> normalized_mutual_information([5, 5, 3, 3], ["a", "a", "b", "b"])
         1.0
     """
-    joint = _contingency(clusters, labels, "normalized_mutual_information")
-    entropies = _entropy(joint.sum(axis=0)) + _entropy(joint.sum(axis=1))
+    joint, first, second = _sizes(clusters, labels, "normalized_mutual_information")
+    entropies = _entropy(first) + _entropy(second)
     if entropies == 0:
         return 1.0
-    return min(1.0, max(0.0, 2 * (entropies - _entropy(joint.ravel())) / entropies))
+    return min(1.0, max(0.0, 2 * (entropies - _entropy(joint)) / entropies))
 
 
 def adjusted_rand_index(clusters: Any, labels: Any) -> float:
@@ -51,9 +51,9 @@ def adjusted_rand_index(clusters: Any, labels: Any) -> float:
         >>> adjusted_rand_index([5, 5, 3, 3], ["a", "a", "b", "b"])
         1.0
     """
-    joint = _contingency(clusters, labels, "adjusted_rand_index")
-    together, first, second = (float((n * (n - 1) / 2).sum()) for n in (joint, joint.sum(axis=0), joint.sum(axis=1)))
-    pairs = float(joint.sum() * (joint.sum() - 1) / 2)
+    sizes = _sizes(clusters, labels, "adjusted_rand_index")
+    together, first, second = (float((n * (n - 1) / 2).sum()) for n in sizes)
+    pairs = float(sizes[0].sum() * (sizes[0].sum() - 1) / 2)
     if first == second and together == first:  # equal partitions; also where chance has no room
         return 1.0
     expected = first * second / pairs
@@ -97,17 +97,18 @@ def clustering_report(
     return {"nmi": normalized_mutual_information(found, truth), "ari": adjusted_rand_index(found, truth)}
 
 
-def _contingency(clusters: Any, labels: Any, name: str) -> Floats:
-    """(A, B) how many samples are in each pair of sets."""
+def _sizes(clusters: Any, labels: Any, name: str) -> tuple[Floats, Floats, Floats]:
+    """How many samples are in each pair of sets that has any, in each cluster, and of each label."""
     first = as_labels(clusters, "clusters")
     second = as_labels(labels, "labels", len(first))
     if not len(first):
         raise ValueError(f"{name} needs at least one row, got none.")
-    (a, first_codes), (b, second_codes) = (np.unique(side, return_inverse=True) for side in (first, second))
-    joint = np.bincount(first_codes * len(b) + second_codes, minlength=len(a) * len(b))
-    return joint.reshape(len(a), len(b)).astype(np.float64)
+    (_, first_codes), (b, second_codes) = (np.unique(side, return_inverse=True) for side in (first, second))
+    joint = np.unique(first_codes * len(b) + second_codes, return_counts=True)[1]
+    ours, theirs = np.bincount(first_codes), np.bincount(second_codes)
+    return joint.astype(np.float64), ours.astype(np.float64), theirs.astype(np.float64)
 
 
 def _entropy(counts: Array) -> float:
-    shares = counts[counts > 0] / counts.sum()
+    shares = counts / counts.sum()
     return float(-(shares * np.log(shares)).sum())
