@@ -308,18 +308,35 @@ def test_all_pairs_streamed_equal_all_pairs_listed(kind, grouped, tile, monkeypa
         )
 
 
-def test_more_genuine_pairs_than_can_be_held_cost_six_decimals_only(monkeypatch):
-    random = np.random.default_rng(4)
-    labels = random.integers(0, 7, 200)
-    vectors = random.standard_normal((7, 9))[labels] + random.standard_normal((200, 9))
-    exact = metrics.verification_report(vectors, labels)
-    monkeypatch.setattr(_pairs, "HELD", 10)
-    coarse = metrics.verification_report(vectors, labels)
-    assert coarse.resolution == 1e-6
-    assert coarse.auc == pytest.approx(exact.auc, abs=1e-6)
-    assert coarse.eer == pytest.approx(exact.eer, abs=1e-3)  # a pair or two
-    assert coarse.far == exact.far == (0.1, 0.01, 0.001)
-    np.testing.assert_allclose(coarse.tar, exact.tar, atol=1e-3)
+@pytest.mark.parametrize("cells", [3, 17, 400])
+@pytest.mark.parametrize("grouped", [False, True], ids=["", "groups"])
+@pytest.mark.parametrize("kind", ["continuous", "ties", "one way"])
+def test_genuine_pairs_that_cannot_be_held_are_told_apart_where_a_figure_hangs_on_them(
+    kind, grouped, cells, monkeypatch
+):
+    random = np.random.default_rng(cells)
+    for _ in range(5):
+        labels, groups = random.integers(0, 4, 120), random.integers(0, 30, 120) if grouped else None
+        vectors = random.standard_normal((4, 6))[labels] + random.standard_normal((120, 6))
+        if kind != "continuous":
+            vectors = np.sign(vectors) if kind == "ties" else 1 + 1e-3 * vectors
+        scores, same = all_pairs(vectors, labels, groups)
+        far = [0.5, 0.1, 0.07, 0.01, 1 / (~same).sum()]
+        held = metrics.verification_report(vectors, labels, far=far, groups=groups)
+        with monkeypatch.context() as patch:
+            for name, value in {"HELD": 10, "COARSE": cells, "TILE": 50, "COLLECTED": 100}.items():
+                patch.setattr(_pairs, name, value)
+            report = metrics.verification_report(vectors, labels, far=far, groups=groups, curve=30)
+        assert report.resolution > 1e-12
+        assert (report.genuine, report.impostors, report.far) == (held.genuine, held.impostors, held.far)
+        assert (report.eer, report.tar) == (held.eer, held.tar)
+        assert (report.threshold, report.eer_threshold) == (held.threshold, held.eer_threshold)
+        assert abs(report.auc - held.auc) <= report.auc_error + 1e-13
+        assert 0 <= report.auc_error < 2 / cells
+        assert report.average_precision == pytest.approx(held.average_precision, abs=0.5 / cells)
+        if kind == "ties" and cells == 400:  # few scores, each of many pairs
+            assert report.auc_error < 1e-3
+            assert report.auc == pytest.approx(metrics.roc_auc(scores, same), abs=1e-13)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -333,7 +350,7 @@ def test_vectors_that_all_point_one_way_are_told_apart(monkeypatch, grouped):
     assert np.ptp(scores) < 1e-6
     monkeypatch.setattr(_pairs, "HELD", 2000)
     report = metrics.verification_report(vectors, labels, groups=groups, far=0.1)
-    assert report.resolution == 1e-12
+    assert (report.resolution, report.auc_error) == (1e-12, 0)
     assert 0.9 < metrics.roc_auc(scores, same) < 1
     assert report.auc == pytest.approx(metrics.roc_auc(scores, same), abs=1e-4)
     assert report.eer == pytest.approx(metrics.eer(scores, same), abs=2e-3)

@@ -104,6 +104,12 @@ def between(upper: float, lower: float) -> float:
     return middle if lower < middle <= upper else float(upper)
 
 
+def allowed(rate: Any, count: int) -> Array:
+    """The most of `count` that a rate allows: 0.29 of 100 allows 29, although 0.29 * 100 is 28.999999999999996."""
+    product = np.asarray(rate, dtype=np.float64) * count
+    return np.asarray(np.floor(product + 1e-9 + 4 * np.finfo(np.float64).eps * product))
+
+
 def digest(*arrays: Array | None) -> str:
     """BLAKE2b of types, shapes and values."""
     hashed = hashlib.blake2b(digest_size=32)

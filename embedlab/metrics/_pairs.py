@@ -1,7 +1,10 @@
-"""All pairs of a set, streamed: how many impostor pairs lie below, at and above each genuine score?"""
+"""All pairs of a set, streamed: how many impostor pairs lie below, at and above each genuine score?
 
-import math
-from collections.abc import Iterator, Sequence
+Few genuine pairs are held and sorted, and the impostors counted between them. Many are counted on a grid, together with
+the impostors, and a second pass tells apart what lies in the cells that decide a figure.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
@@ -15,7 +18,9 @@ from embedlab.metrics._share import Share
 from embedlab.metrics._threads import in_threads
 
 HELD = 1 << 22  # genuine pairs that are held one by one
-COARSE = 2_000_000  # beyond that: levels of a decimal grid over the range of their scores, at most
+COARSE = 2_000_000  # beyond that: cells of a grid over the range of their scores, at most
+HEAVY = 1e-3  # share of all (genuine, impostor) comparisons within one cell from which it is told apart, too
+COLLECTED = 1 << 21  # scores that wait before they are counted together
 TILE = 1024  # rows and columns compared at a time, at most
 CELLS = 1 << 23  # of the grid that says where to look for a score, at most
 STEPS = 8  # from edge to edge within a cell, before the rest is searched by halving
@@ -29,35 +34,160 @@ class PairCounts:
         levels: (L,) distinct genuine scores, ascending.
         genuine: (L,) genuine pairs at each.
         below: (2 L + 1,) impostor pairs below level 0, up to and with level 0, below level 1, ..., and all.
-        resolution: Scores closer than this are the same level.
+        blurred: (L,) levels that stand for several scores, in an order that nobody knows.
+        resolution: Scores closer than this may be in one such level.
     """
 
     levels: Floats
     genuine: Integers
     below: Integers
-    resolution: float
+    blurred: Booleans
+    resolution: float = 10.0**-DECIMALS
 
 
-def count_pairs(rows: Rows, codes: Integers, groups: Sequence[Integers], share: Share) -> PairCounts:
-    """Compare all pairs of rows (N, D) with classes `codes` (N,), leaving out those that share a group of any kind."""
-    levels, genuine, decimals = _levels(rows, codes, groups)
-    resolution = 10.0**-decimals
+def count_pairs(
+    rows: Rows,
+    codes: Integers,
+    groups: Sequence[Integers],
+    share: Share,
+    decisive: Callable[[PairCounts], Integers],
+) -> PairCounts:
+    """Compare all pairs of rows (N, D) with classes `codes` (N,), leaving out those that share a group of any kind.
+
+    Args:
+        rows: Vectors.
+        codes: Their classes.
+        groups: (N,) each.
+        share: This rank's part.
+        decisive: Names the levels of a coarse count that decide a figure: they are told apart to 12 decimals.
+    """
+    count, low, high = _range(rows, codes, groups)
+    if count <= HELD:
+        return _between_held(rows, codes, groups, share)
+    first, last = (int(key) for key in _keys(np.array([low, high])))
+    width = -(-(last - first + 1) // COARSE)
+    cells = (last - first) // width + 1
+
+    def cell(keys: Integers) -> Integers:
+        """0 below all genuine scores, 1 to `cells` among them."""
+        return np.clip((keys - first) // width + 1, 0, cells + 1)
+
+    impostors, genuine = share.add(_on_grid(rows, codes, groups, share, cell, cells + 2)).reshape(-1, 2).T
+    middles = first + (np.arange(-1, cells + 1)) * width + (width - 1) // 2
+    if width == 1:
+        return _counts(middles, genuine, impostors)
+    chosen = genuine * impostors.astype(np.float64) > HEAVY * genuine.sum() * impostors.sum(dtype=np.float64)
+    chosen[np.flatnonzero(genuine)[decisive(_counts(middles, genuine, impostors))]] = True
+    fine = _told_apart(rows, codes, groups, share, cell, chosen)
+    keys, genuine, impostors = (
+        np.concatenate([coarse[~chosen], exact])
+        for coarse, exact in zip((middles, genuine, impostors), fine, strict=True)
+    )
+    order = keys.argsort()
+    blurred = order < len(keys) - len(fine[0])
+    return _counts(keys[order], genuine[order], impostors[order], blurred, width)
+
+
+def _keys(scores: Floats) -> Integers:
+    """Scores at 12 decimals, as whole numbers."""
+    scaled = scores * 10.0**DECIMALS
+    return np.rint(scaled, out=scaled).astype(np.int64)
+
+
+def _counts(
+    keys: Integers, genuine: Integers, impostors: Integers, blurred: Booleans | None = None, width: int = 1
+) -> PairCounts:
+    """From the pairs of both kinds at each of some ascending keys."""
+    upto = impostors.cumsum()
+    present = np.flatnonzero(genuine)
+    below = np.append(np.stack([upto - impostors, upto], axis=1)[present].ravel(), upto[-1])
+    blurred = np.zeros(len(keys), dtype=np.bool_) if blurred is None else blurred
+    return PairCounts(keys[present] / 10**DECIMALS, genuine[present], below, blurred[present], width / 10**DECIMALS)
+
+
+def _between_held(rows: Rows, codes: Integers, groups: Sequence[Integers], share: Share) -> PairCounts:
+    """Impostors counted between the genuine scores, one by one."""
+    scores = np.concatenate([np.empty(0), *_genuine(rows, codes, groups)])
+    found, genuine = np.unique(_keys(scores), return_counts=True)
     # half a step to either side: what rounds to a level lies between its two edges
-    places = _Places(np.stack([levels - resolution / 2, levels + resolution / 2], axis=1).ravel())
-    counts = np.zeros(2 * len(levels) + 1, dtype=np.int64)
-    lock = Lock()
+    places = _Places((np.stack([found - 0.5, found + 0.5], axis=1) / 10**DECIMALS).ravel())
+    counts = np.zeros(2 * len(found) + 1, dtype=np.int64)
 
-    def add(tile: tuple[slice, slice]) -> None:
-        scores = _impostors(rows, codes, groups, *tile)
-        scores.sort()  # neighbours find their places in the same cache line
-        found = places.of(scores)
-        with lock:
-            np.add.at(counts, found, 1)
+    def add(scores: Floats, same: Booleans) -> Callable[[], None]:
+        impostors = scores[~same]
+        impostors.sort()  # neighbours find their places in the same cache line
+        index = places.of(impostors)
+        return lambda: np.add.at(counts, index, 1)
 
-    tiles = list(_tiles(len(rows), rows.dim))[share.mine]
-    for _ in tqdm(in_threads(add, tiles), total=len(tiles), desc="all pairs", delay=3, leave=False, disable=None):
-        pass
-    return PairCounts(levels, genuine, share.add(counts).cumsum(), resolution)
+    _stream(rows, codes, groups, share, add, "all pairs")
+    below = share.add(counts).cumsum()
+    return PairCounts(found / 10**DECIMALS, genuine.astype(np.int64), below, np.zeros(len(found), dtype=np.bool_))
+
+
+def _on_grid(
+    rows: Rows,
+    codes: Integers,
+    groups: Sequence[Integers],
+    share: Share,
+    cell: Callable[[Integers], Integers],
+    cells: int,
+) -> Integers:
+    """(2 cells,) impostor and genuine pairs in each cell, by turns."""
+    counts = np.zeros(2 * cells, dtype=np.int64)
+
+    def add(scores: Floats, same: Booleans) -> Callable[[], None]:
+        index = 2 * cell(_keys(scores)) + same
+        index.sort()
+        return lambda: np.add.at(counts, index, 1)
+
+    _stream(rows, codes, groups, share, add, "all pairs, coarsely")
+    return counts
+
+
+def _told_apart(
+    rows: Rows,
+    codes: Integers,
+    groups: Sequence[Integers],
+    share: Share,
+    cell: Callable[[Integers], Integers],
+    chosen: Booleans,
+) -> tuple[Integers, Integers, Integers]:
+    """Ascending keys in the chosen cells, and how many genuine and impostor pairs have each."""
+    marked, counts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)  # marked: 2 key + genuine
+    waiting: list[Integers] = []
+
+    def count() -> None:
+        nonlocal marked, counts
+        marked, counts = _summed([(marked, counts), *((part, np.ones_like(part)) for part in waiting)])
+        waiting.clear()
+
+    def add(scores: Floats, same: Booleans) -> Callable[[], None]:
+        keys = _keys(scores)
+        kept = chosen[cell(keys)]
+        part = 2 * keys[kept] + same[kept]
+
+        def collect() -> None:
+            waiting.append(part)
+            if sum(map(len, waiting)) > COLLECTED:
+                count()
+
+        return collect
+
+    _stream(rows, codes, groups, share, add, "all pairs, finely")
+    count()
+    marked, counts = _summed(share.collect((marked, counts)))
+    keys, place = np.unique(marked >> 1, return_inverse=True)
+    kinds = np.zeros((2, len(keys)), dtype=np.int64)
+    kinds[marked & 1, place] = counts
+    return keys, kinds[1], kinds[0]
+
+
+def _summed(parts: Sequence[tuple[Integers, Integers]]) -> tuple[Integers, Integers]:
+    """Distinct values of all parts, ascending, and the sum of the counts of each."""
+    values, place = np.unique(np.concatenate([values for values, _ in parts]), return_inverse=True)
+    sums = np.zeros(len(values), dtype=np.int64)
+    np.add.at(sums, place, np.concatenate([counts for _, counts in parts]))
+    return values, sums
 
 
 class _Places:
@@ -90,31 +220,19 @@ class _Places:
         return place
 
 
-def _levels(rows: Rows, codes: Integers, groups: Sequence[Integers]) -> tuple[Floats, Integers, int]:
-    """Distinct genuine scores, how many pairs have each, and the decimals to which scores are rounded.
-
-    All decimals where the genuine pairs can be held one by one, else as many as the range of their scores leaves levels
-    for: where all vectors point one way, scores lie close together and need more decimals to be told apart.
-    """
+def _range(rows: Rows, codes: Integers, groups: Sequence[Integers]) -> tuple[int, float, float]:
+    """How many genuine pairs there are, and where they are too many to hold their lowest and highest score."""
     sizes = np.bincount(codes)
     count, low, high = int((sizes * (sizes - 1) // 2).sum()), 1.0, -1.0
-    if count > HELD:
-        count = 0  # again, without those that share a group
-        for part in _genuine(rows, codes, groups):
-            count += len(part)
-            low, high = min(low, part.min(initial=1)), max(high, part.max(initial=-1))
     if count <= HELD:
-        scores = np.concatenate([np.empty(0), *_genuine(rows, codes, groups)])
-        found, counts = np.unique(np.rint(scores * 10**DECIMALS), return_counts=True)
-        return found / 10**DECIMALS, counts.astype(np.int64), DECIMALS
-    decimals = min(DECIMALS, math.floor(math.log10(COARSE / max(high - low, 10.0**-DECIMALS)) + 1e-9))
-    scale = 10**decimals
-    first, last = round(low * scale), round(high * scale)
-    counts = np.zeros(last - first + 1, dtype=np.int64)
-    for part in _genuine(rows, codes, groups):
-        np.add.at(counts, np.rint(part * scale).astype(np.int64) - first, 1)
-    present = np.flatnonzero(counts)
-    return (present + first) / scale, counts[present], decimals
+        return count, low, high
+    kept = 0  # without those that share a group
+    with tqdm(total=count, desc="genuine pairs", unit_scale=True, delay=3, leave=False, disable=None) as bar:
+        for part in _genuine(rows, codes, groups):
+            low, high = min(low, part.min(initial=1)), max(high, part.max(initial=-1))
+            kept += len(part)
+            bar.update(len(part))
+    return kept, float(low), float(high)
 
 
 def _genuine(rows: Rows, codes: Integers, groups: Sequence[Integers]) -> Iterator[Floats]:
@@ -130,15 +248,34 @@ def _genuine(rows: Rows, codes: Integers, groups: Sequence[Integers]) -> Iterato
             yield (rows.unit(members[a]) @ rows.unit(members[b]).T)[kept]
 
 
-def _impostors(rows: Rows, codes: Integers, groups: Sequence[Integers], a: slice, b: slice) -> Floats:
-    """Cosines of the pairs of two classes in one block."""
-    kept = codes[a, None] != codes[b]
-    if a == b:
-        kept &= _upper(a, b)
-    for group in groups:
-        kept &= group[a, None] != group[b]
-    scores = rows.unit(a) @ rows.unit(b).T
-    return scores.ravel() if kept.all() else scores[kept]
+def _stream(
+    rows: Rows,
+    codes: Integers,
+    groups: Sequence[Integers],
+    share: Share,
+    add: Callable[[Floats, Booleans], Callable[[], None]],
+    title: str,
+) -> None:
+    """Cosines (n,) of this rank's pairs, block by block, and which of them are genuine.
+
+    What `add` makes of a block is called by one thread at a time.
+    """
+    lock = Lock()
+
+    def work(tile: tuple[slice, slice]) -> None:
+        a, b = tile
+        kept = _upper(a, b) if a == b else np.ones((a.stop - a.start, b.stop - b.start), dtype=np.bool_)
+        for group in groups:
+            kept &= group[a, None] != group[b]
+        scores, same = rows.unit(a) @ rows.unit(b).T, codes[a, None] == codes[b]
+        whole = kept.all()
+        done = add(scores.ravel(), same.ravel()) if whole else add(scores[kept], same[kept])
+        with lock:
+            done()
+
+    tiles = list(_tiles(len(rows), rows.dim))[share.mine]
+    for _ in tqdm(in_threads(work, tiles), total=len(tiles), desc=title, delay=3, leave=False, disable=None):
+        pass
 
 
 def _tiles(count: int, dim: int) -> Iterator[tuple[slice, slice]]:

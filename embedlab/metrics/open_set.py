@@ -8,6 +8,7 @@ from embedlab.metrics._arrays import (
     Array,
     Booleans,
     Floats,
+    allowed,
     as_array,
     as_flags,
     as_labels,
@@ -154,16 +155,16 @@ def detection_identification_rate(
         return float(_at_least(identified, _thresholds(threshold)) / enrolled)
     if not 0 < fpir <= 1:
         raise ValueError(f"fpir must be in (0, 1], got {fpir}; it is a share, not a percentage.")
-    allowed = int(fpir * len(stranger) + 1e-9)
-    if allowed < 1:
+    most = int(allowed(fpir, len(stranger)))
+    if most < 1:
         raise ValueError(
             f"fpir={fpir:g} cannot be measured on {len(stranger)} strangers: even one is more than that. "
             f"At least {int(np.ceil(1 / fpir))} are needed."
         )
-    if allowed == len(stranger):
+    if most == len(stranger):
         return len(identified) / enrolled
     # accepted is what lies above the first stranger who must be refused
-    refused = stranger[len(stranger) - allowed - 1]
+    refused = stranger[len(stranger) - most - 1]
     return float((identified > refused).sum() / enrolled)
 
 

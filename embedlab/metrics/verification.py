@@ -8,8 +8,20 @@ from typing import Any, overload
 
 import numpy as np
 
-from embedlab.metrics._arrays import Array, Floats, Integers, as_array, as_flags, as_labels, as_scores, between, digest
-from embedlab.metrics._pairs import count_pairs
+from embedlab.metrics._arrays import (
+    Array,
+    Booleans,
+    Floats,
+    Integers,
+    allowed,
+    as_array,
+    as_flags,
+    as_labels,
+    as_scores,
+    between,
+    digest,
+)
+from embedlab.metrics._pairs import PairCounts, count_pairs
 from embedlab.metrics._ranking import Rows
 from embedlab.metrics._share import Share
 
@@ -215,8 +227,10 @@ class VerificationReport:
         threshold: Lowest cosine accepted at each; infinite where no genuine pair is.
         genuine: Genuine pairs compared.
         impostors: Impostor pairs compared.
-        resolution: Cosines closer than this are one: 1e-12, or more (1e-6 at most) where there are too many genuine
-            pairs to hold.
+        resolution: Cosines closer than this may be one in `auc` and `average_precision`: 1e-12, or more (1e-6 at most)
+            where there are too many genuine pairs to hold. All other figures tell apart 1e-12 anyway.
+        auc_error: Bound on how far the area of all cosines can be from `auc`: 0 at a resolution of 1e-12. Scores
+            without a pattern stay far below it.
         average_precision: Of the genuine among all pairs, by cosine.
         eer_threshold: Lowest cosine accepted where false rejects first do not exceed false accepts.
         curve: For pictures, where points were asked for.
@@ -230,6 +244,7 @@ class VerificationReport:
     genuine: int
     impostors: int
     resolution: float
+    auc_error: float
     average_precision: float
     eer_threshold: float
     curve: VerificationCurve | None = None
@@ -245,8 +260,9 @@ def verification_report(
     """AUC, equal error rate and TAR@FAR over all N (N - 1) / 2 pairs of a set, in bounded memory.
 
     What `roc_auc`, `eer` and `tar_at_far` say of the list of all cosines, without the list: the genuine pairs are few
-    and are sorted; the impostor pairs stream by and are counted between them, which fixes the whole ROC curve. Cosines
-    are in float64.
+    and are sorted; the impostor pairs stream by and are counted between them, which fixes the whole ROC curve. Where
+    the genuine pairs are more than four million, both kinds are counted on a grid, and a second pass tells apart the
+    cosines that the equal error rate and each threshold hang on. Cosines are in float64.
 
     Args:
         embeddings: (N, D) vectors of any norm, NumPy or torch.
@@ -274,24 +290,14 @@ def verification_report(
     tracks = [_codes(group, "groups", len(rows)) for group in several]
     share = Share(over_ranks=over_ranks)
     share.refuse_different(lambda: digest(rows.values, codes, *tracks))
-    counts = count_pairs(rows, codes, tracks, share)
-    genuine, impostors = int(counts.genuine.sum()), int(counts.below[-1])
-    if not genuine or not impostors:
-        raise ValueError(
-            f"verification_report compares genuine with impostor pairs and needs both, got {genuine} genuine and "
-            f"{impostors} impostors: a set of one class, a set of classes of one, or groups that exclude the rest?"
-        )
-    if far is None:
-        far = [10.0**-power for power in range(1, 16) if 10.0**-power * impostors >= 10]
-    targets = np.atleast_1d(_checked_targets(far, impostors, "verification_report"))
-    # two points per level: what lies above it is accepted; and what lies on it, too
-    accepts = np.repeat(np.append(0, counts.genuine[::-1].cumsum()), 2)
-    false_accepts = np.append(impostors - counts.below[::-1], impostors)
+    counts = count_pairs(rows, codes, tracks, share, lambda coarse: _decisive(coarse, _targets(coarse, far)))
+    targets = _targets(counts, far)
+    false_accepts, accepts = _points(counts)
+    impostors, genuine = int(false_accepts[-1]), int(accepts[-1])
     place = _last_within(targets, false_accepts)
     # points 2 i and 2 i + 1 have accepted i levels
     levels = np.append(np.inf, counts.levels[::-1])
-    hits, misses = accepts[2::2], false_accepts[2::2]  # with each level
-    equal = int((1 - hits / genuine <= misses / impostors).argmax())
+    mixed = counts.genuine * np.diff(counts.below)[::2].astype(np.float64) * counts.blurred
     return VerificationReport(
         auc=_area(false_accepts, accepts),
         eer=_equal_errors(false_accepts, accepts),
@@ -301,10 +307,42 @@ def verification_report(
         genuine=genuine,
         impostors=impostors,
         resolution=counts.resolution,
-        average_precision=float((np.diff(hits, prepend=0) * (hits / (hits + misses))).sum() / genuine),
-        eer_threshold=float(counts.levels[::-1][equal]),
+        auc_error=float(mixed.sum() / (2.0 * genuine * impostors)),
+        average_precision=_precision(false_accepts, accepts, counts.blurred[::-1]),
+        eer_threshold=float(levels[(_first_equal(false_accepts, accepts) + 1) // 2]),
         curve=_thinned(false_accepts, accepts, curve) if curve else None,
     )
+
+
+def _targets(counts: PairCounts, far: Any) -> Floats:
+    """(F,) false accept rates that the pairs can measure."""
+    genuine, impostors = int(counts.genuine.sum()), int(counts.below[-1])
+    if not genuine or not impostors:
+        raise ValueError(
+            f"verification_report compares genuine with impostor pairs and needs both, got {genuine} genuine and "
+            f"{impostors} impostors: a set of one class, a set of classes of one, or groups that exclude the rest?"
+        )
+    if far is None:
+        far = [10.0**-power for power in range(1, 16) if 10.0**-power * impostors >= 10]
+    return np.atleast_1d(_checked_targets(far, impostors, "verification_report"))
+
+
+def _points(counts: PairCounts) -> tuple[Integers, Integers]:
+    """False accepts and accepts, (2 L + 2,): two points per level, all above it accepted, and all on it, too."""
+    impostors = counts.below[-1]
+    accepts = np.repeat(np.append(0, counts.genuine[::-1].cumsum()), 2)
+    return np.append(impostors - counts.below[::-1], impostors), accepts
+
+
+def _decisive(counts: PairCounts, targets: Floats) -> Integers:
+    """The levels within which the equal error rate and the thresholds at the targets lie."""
+    false_accepts, accepts = _points(counts)
+    place = _last_within(targets, false_accepts)
+    equal = _first_equal(false_accepts, accepts)
+    # point p has accepted p // 2 levels; whether some of the next level fits can be seen only within it, and where only
+    # its impostors do, `eer_threshold` is the level after it
+    accepted = np.concatenate([place, place + 1, [equal, equal + 1, equal + 2]]) // 2
+    return len(counts.levels) - np.unique(np.clip(accepted, 1, len(counts.levels)))
 
 
 def _thinned(false_accepts: Integers, accepts: Integers, points: int) -> VerificationCurve:
@@ -369,7 +407,7 @@ def _checked_targets(far: Any, impostors: int, name: str) -> Floats:
     targets = given.astype(np.float64) if given.dtype.kind in "fiub" else np.array(np.nan)
     if not ((targets > 0) & (targets <= 1)).all():
         raise ValueError(f"{name} needs far in (0, 1], got {far}; it is a share, not a percentage.")
-    if targets.size and targets.min() * impostors < 1 - 1e-9:
+    if targets.size and allowed(targets.min(), impostors) < 1:
         raise ValueError(
             f"far={targets.min():g} cannot be measured on {impostors} impostor pairs: even one false accept is "
             f"more than that. Use far >= {1 / impostors:g}, or more pairs (all pairs of the set, not a sample)."
@@ -379,14 +417,13 @@ def _checked_targets(far: Any, impostors: int, name: str) -> Floats:
 
 def _last_within(targets: Floats, false_accepts: Integers) -> Array:
     """The most lenient operating point that keeps to each target."""
-    # 1e-9: far = 0.07 on 100 impostors must allow 7, and 0.07 * 100 is 7.000000000000001 or 6.999999999999999
-    return np.asarray(np.searchsorted(false_accepts, np.floor(targets * false_accepts[-1] + 1e-9), side="right") - 1)
+    return np.asarray(np.searchsorted(false_accepts, allowed(targets, int(false_accepts[-1])), side="right") - 1)
 
 
 def _equal_errors(false_accepts: Integers, accepts: Integers) -> float:
     false_accept_rate = false_accepts / false_accepts[-1]
     false_reject_rate = 1 - accepts / accepts[-1]
-    after = int((false_reject_rate <= false_accept_rate).argmax())  # never 0: the first point rejects everyone
+    after = _first_equal(false_accepts, accepts)
     before = after - 1
     gap_before = false_reject_rate[before] - false_accept_rate[before]
     gap_after = false_reject_rate[after] - false_accept_rate[after]
@@ -394,10 +431,24 @@ def _equal_errors(false_accepts: Integers, accepts: Integers) -> float:
     return float(false_accept_rate[before] + way * (false_accept_rate[after] - false_accept_rate[before]))
 
 
+def _first_equal(false_accepts: Integers, accepts: Integers) -> int:
+    """The first operating point where false rejects do not exceed false accepts; never 0, which rejects everyone."""
+    return int((1 - accepts / accepts[-1] <= false_accepts / false_accepts[-1]).argmax())
+
+
 def _area(false_accepts: Integers, accepts: Integers) -> float:
     """Under the curve that is straight between operating points; float64 because the products pass 2^63."""
     heights = (accepts[1:] + accepts[:-1]) / 2
     return float((np.diff(false_accepts) * heights).sum() / (float(false_accepts[-1]) * float(accepts[-1])))
+
+
+def _precision(false_accepts: Integers, accepts: Integers, blurred: Booleans) -> float:
+    """Average precision from two points per level (see `_points`); of a blurred level at its middle."""
+    hits, misses = accepts[2::2], false_accepts[2::2]
+    found = np.diff(accepts[::2])
+    middle_hits, middle_misses = hits - (found - 1) / 2, (misses + false_accepts[1:-1:2]) / 2
+    precision = np.where(blurred, middle_hits / (middle_hits + middle_misses), hits / (hits + misses))
+    return float((found * precision).sum() / accepts[-1])
 
 
 def _operating_points(genuine: Floats, impostor: Floats) -> tuple[Floats, Integers, Integers]:

@@ -228,6 +228,7 @@ ROWS: dict[str, tuple[int | None, int | None, Callable[[], Call], dict[str, Call
     "nearest": (None, None, nearest_ours, {"scikit-learn": nearest_sklearn}),
     "pairs small": (4_000, None, pairs_ours, {"scikit-learn": pairs_sklearn}),
     "pairs": (None, None, pairs_ours, {}),
+    "pairs 10 classes": (None, 10, pairs_ours, {}),
     "evaluation": (20_000, None, evaluation_ours, {}),
 }
 
