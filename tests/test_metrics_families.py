@@ -155,6 +155,12 @@ def test_best_accuracy_equals_the_loops(kind, given):
     assert error > 0
 
 
+def test_given_folds_may_hold_one_kind_only():
+    # the other two folds each choose 0.45; the last fold has no impostor
+    scores, same, folds = [0.9, 0.2, 0.6, 0.3, 0.7], [1, 0, 1, 0, 1], [0, 0, 1, 1, 2]
+    assert metrics.best_accuracy(scores, same, folds=folds)[0] == pytest.approx(1)
+
+
 @pytest.mark.parametrize("kind", SCORES)
 def test_open_set_figures_equal_the_loops(kind):
     scores, known = SCORES[kind], SAME
@@ -268,6 +274,21 @@ def test_ignored_pixels_do_not_count_and_sizes_may_differ():
     ragged = ([prediction[0], prediction[1, :4]], [target[0], target[1, :4]])
     joined = [np.concatenate([side[0].ravel(), side[1].ravel()]) for side in ragged]
     assert metrics.dice(*ragged, classes=3) == metrics.dice(*joined, classes=3)
+
+
+def test_thresholds_are_taken_in_the_precision_of_each_map():
+    single, double = np.array([[0.3, 0.1]], dtype=np.float32), np.array([[0.3, 0.1]])
+    masks = [np.array([[1, 0]])] * 2
+    for maps in ([single, single], [double, double], [single, double]):
+        assert metrics.ods(maps, masks, thresholds=[0.3]) == 1
+
+
+def test_probabilities_in_bfloat16_are_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, 100, generator=generator)
+    target = torch.randint(100, (500,), generator=generator)
+    exact = metrics.calibration_error(logits.softmax(dim=1), target)
+    assert metrics.calibration_error(logits.softmax(dim=1).bfloat16(), target) == pytest.approx(exact, abs=0.01)
 
 
 @pytest.mark.parametrize("grid", [None, np.arange(1, 100) / 100], ids=["every value", "99 thresholds"])

@@ -251,6 +251,13 @@ PLANE, TWO = np.eye(2), [0, 0]
         (lambda: metrics.tar_at_far([0.1, 0.2], [0, 1], "x"), r"far in \(0, 1\], got x"),
         (lambda: metrics.best_accuracy([0.1, 0.2], [0, 1], folds=2.5), "got 2.5 folds"),
         (lambda: metrics.best_accuracy([0.1, 0.2], [0, 1], folds="x"), "got 'x' folds"),
+        (
+            lambda: metrics.best_accuracy([0.1, 0.2, 0.3], [0, 1, 1], folds=["a", "a", "b"]),
+            "at least 2 folds each, got genuine in 2 and impostors in 1",
+        ),
+        (lambda: metrics.recall_at_k([[1.0, 0.0], [1e-310, 0.0]], TWO), "query row 1 is zero"),
+        (lambda: metrics.bootstrap_interval([1, np.inf], ["a", "b"]), r"values\[1\] is infinite"),
+        (lambda: metrics.paired_interval([1, np.inf], [0, np.inf], ["a", "b"]), r"first\[1\] is infinite"),
     ],
 )
 def test_bad_input_is_named(function, text):

@@ -55,6 +55,18 @@ class TestHealth:
         naive = math.exp(-sum(p * math.log(p) for p in shares))
         assert effective_rank(vectors) == pytest.approx(naive, rel=1e-7)
 
+    @pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+    @pytest.mark.parametrize("rows", [50, 700])
+    def test_effective_rank_of_collapsed_features_counts_what_is_left(self, rows, scale, monkeypatch) -> None:
+        monkeypatch.setattr("embedlab.metrics.health.BUDGET", 8 * 20 * 100)  # blocks of 100 rows
+        random = np.random.default_rng(0)
+        left, _ = np.linalg.qr(random.standard_normal((rows, 20)))
+        right, _ = np.linalg.qr(random.standard_normal((20, 20)))
+        singular = np.concatenate([[1.0], np.full(19, 1e-9)])
+        shares = singular / singular.sum()
+        want = math.exp(-sum(p * math.log(p) for p in shares))
+        assert effective_rank(scale * (left * singular) @ right) - 1 == pytest.approx(want - 1, rel=1e-5)
+
     @pytest.mark.parametrize("alpha", [1.0, 2.0, 3.0])
     def test_alignment(self, alpha) -> None:
         first, second = cloud(), cloud(seed=1)

@@ -48,10 +48,10 @@ class Rows:
         for start in range(0, len(self), step):
             block = self.values[start : start + step].astype(np.float64)
             norms = _norms(block)
-            bad = ~np.isfinite(norms) | (norms == 0)
+            bad = ~np.isfinite(norms) | (norms < np.finfo(np.float64).tiny)  # too small to be divided by
             if bad.any():
                 row = int(bad.argmax())
-                kind = "zero" if norms[row] == 0 else "NaN or infinite"
+                kind = "zero" if norms[row] < 1 else "NaN or infinite"
                 raise ValueError(
                     f"{name} row {start + row} is {kind}, so it has no direction: diverged training or an empty image? "
                     "Leave such rows out before evaluating."

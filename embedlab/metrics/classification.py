@@ -255,7 +255,7 @@ def calibration_error(probabilities: Any, target: Any, *, bins: int = 15, norm: 
     if given.ndim not in (1, 2) or not given.size:
         raise ValueError(f"probabilities must be (N,) or (N, C) with at least one row, got shape {given.shape}.")
     sums = given.sum(axis=1) if given.ndim == 2 else np.ones(len(given))
-    if not ((given >= 0) & (given <= 1)).all() or np.abs(sums - 1).max() > 1e-3:
+    if not ((given >= 0) & (given <= 1)).all() or np.abs(sums - 1).max() > 5e-3:  # bfloat16: 2e-3
         raise ValueError(
             f"probabilities must lie in [0, 1], rows of (N, C) adding up to 1; got {given.min():g} to {given.max():g}"
             f", sums {sums.min():g} to {sums.max():g}: logits? Apply the sigmoid or softmax first; nothing here does."

@@ -58,22 +58,22 @@ def effective_rank(vectors: Any) -> float:
     if values.ndim != 2 or values.dtype.kind not in "fiub" or 0 in values.shape:
         raise ValueError(f"effective_rank needs (N, D) numbers, got shape {values.shape} of {values.dtype}.")
     values = values if values.shape[0] >= values.shape[1] else values.T
-    gram = np.zeros(
-        (values.shape[1], values.shape[1])
-    )  # of the shorter side: its eigenvalues are squared singular ones
-    step = max(1, BUDGET // (8 * values.shape[1]))
-    for start in range(0, len(values), step):
-        block = values[start : start + step].astype(np.float64)
-        gram += block.T @ block
-    total = np.trace(gram)
-    if not np.isfinite(total) or total == 0:
+    dim = values.shape[1]
+    step = max(dim, BUDGET // (8 * dim))
+    blocks = [slice(start, start + step) for start in range(0, len(values), step)]
+    largest = max(float(np.abs(values[block].astype(np.float64)).max()) for block in blocks)
+    if not np.isfinite(largest) or largest == 0:
         raise ValueError(
             "effective_rank needs finite numbers that are not all zero, got "
-            f"{'zeros' if total == 0 else 'NaN or inf'}: diverged training, or a dead network?"
+            f"{'zeros' if largest == 0 else 'NaN or inf'}: diverged training, or a dead network?"
         )
-    squared = np.linalg.eigvalsh(gram)
-    floor = squared[-1] * max(values.shape) * np.finfo(np.float64).eps  # below it there is only rounding
-    singular = np.sqrt(squared[squared > floor])
+    triangle: Floats = np.empty((0, dim))  # of the rows so far: it has their singular values, and keeps the small ones
+    for block in blocks:
+        rows = np.concatenate([triangle, values[block].astype(np.float64) / largest])
+        triangle = np.asarray(np.linalg.qr(rows, mode="r"))
+    singular = np.linalg.svd(triangle, compute_uv=False)
+    # below this there is only rounding
+    singular = singular[singular > singular[0] * max(values.shape) * np.finfo(np.float64).eps]
     shares = singular / singular.sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))
 

@@ -31,7 +31,8 @@ def bootstrap_interval(
         (low, high).
 
     Raises:
-        ValueError: Lengths that do not fit, fewer than two identities with a value, confidence outside (0, 1).
+        ValueError: Lengths that do not fit, infinite values, fewer than two identities with a value, confidence
+            outside (0, 1).
 
     Example:
         >>> low, high = bootstrap_interval([1, 1, 0, 0, 1, 1], ["ann", "ann", "bob", "bob", "eve", "eve"])
@@ -69,9 +70,7 @@ def bootstrap_intervals(
         raise ValueError(f"bootstrap_interval needs resamples of at least 1, got {resamples}; 2000 is usual.")
     together: dict[bytes, dict[str, Floats]] = {}  # figures that leave out the same samples share their draws
     for name, given in values.items():
-        samples = as_array(given).astype(np.float64)
-        if samples.ndim != 1:
-            raise ValueError(f"values must be (N,) numbers, got shape {samples.shape}.")
+        samples = _finite(given, name)
         together.setdefault(np.isnan(samples).tobytes(), {})[name] = samples
     found: dict[str, tuple[float, float]] = {}
     for figures in together.values():
@@ -194,7 +193,7 @@ def paired_interval(
         >>> paired_interval([1, 1, 1, 0], [1, 0, 1, 0], ["ann", "ann", "bob", "bob"])
         (0.0, 0.5)
     """
-    ours, theirs = as_array(first).astype(np.float64), as_array(second).astype(np.float64)
+    ours, theirs = _finite(first, "first"), _finite(second, "second")
     if ours.shape != theirs.shape:
         raise ValueError(
             f"first and second must be about the same samples, got shapes {ours.shape} and {theirs.shape}: "
@@ -230,6 +229,19 @@ def wilson_interval(successes: float, trials: float, *, confidence: float = 0.95
     half = z * (share * (1 - share) / trials + z * z / (4 * trials**2)) ** 0.5 / shrink
     # exact at the ends, where rounding would leave 1e-17
     return (max(0.0, middle - half) if successes else 0.0), (min(1.0, middle + half) if successes < trials else 1.0)
+
+
+def _finite(values: Any, name: str) -> Floats:
+    """(N,) numbers, NaN where there is none."""
+    samples = as_array(values).astype(np.float64)
+    if samples.ndim != 1:
+        raise ValueError(f"{name} must be (N,) numbers, got shape {samples.shape}.")
+    if np.isinf(samples).any():
+        raise ValueError(
+            f"{name}[{int(np.isinf(samples).argmax())}] is infinite, and so would be the mean: a division by zero "
+            "upstream? NaN says that a sample has no value."
+        )
+    return samples
 
 
 def _checked_confidence(confidence: float) -> float:

@@ -147,11 +147,14 @@ def ods(probabilities: Any, masks: Any, *, thresholds: Any = None) -> float:
         0.8888888888888888
     """
     images = [(p.ravel(), m.ravel()) for p, m in _images(probabilities, masks)]
-    scores, truth = (np.concatenate(side) for side in zip(*images, strict=True))
-    if not truth.any():
+    positives = sum(int(truth.sum()) for _, truth in images)
+    if not positives:
         raise ValueError("ods needs a positive pixel in at least one mask, got none: recall is undefined.")
-    hits, predicted = _by_threshold(scores, truth, thresholds)
-    return float(_f1(hits, predicted, truth.sum()).max())
+    if thresholds is None:
+        maps, truths = zip(*images, strict=True)
+        images = [(np.concatenate(maps), np.concatenate(truths))]
+    hits, predicted = np.sum([_by_threshold(scores, truth, thresholds) for scores, truth in images], axis=0)
+    return float(_f1(hits, predicted, positives).max())
 
 
 def ois(probabilities: Any, masks: Any, *, thresholds: Any = None, pooled: bool = False) -> float:

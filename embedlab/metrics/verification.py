@@ -127,7 +127,8 @@ def best_accuracy(scores: Any, same: Any, *, folds: Any = 10) -> tuple[float, fl
         The mean over folds, and its standard error (sample deviation over the root of the number of folds).
 
     Raises:
-        ValueError: NaN scores, or a number of folds below 2 or above what the pairs allow.
+        ValueError: NaN scores, a number of folds below 2 or above what the pairs allow, or one fold with all genuine or
+            all impostor pairs.
 
     Example:
         >>> best_accuracy([0.9, 0.8, 0.2, 0.1], [1, 1, 0, 0], folds=2)
@@ -147,17 +148,22 @@ def _folds(folds: Any, flags: Any) -> Integers:
     """(N,) fold of each pair."""
     given = as_array(folds)
     if given.ndim:
-        parts = as_labels(folds, "folds", len(flags))
-        count = len(np.unique(parts))
-    else:
-        count = int(given) if given.dtype.kind in "iuf" and np.isfinite(given) and int(given) == given else 0
-        parts = np.empty(len(flags), dtype=np.int64)
-        for kind in (flags, ~flags):
-            parts[kind] = np.arange(kind.sum()) * count // max(1, kind.sum())
+        parts = np.unique(as_labels(folds, "folds", len(flags)), return_inverse=True)[1]
+        if not all(len(np.unique(parts[kind])) > 1 for kind in (flags, ~flags)):
+            raise ValueError(
+                "best_accuracy chooses the threshold of a fold on all others, and needs genuine and impostor pairs in "
+                f"at least 2 folds each, got genuine in {len(np.unique(parts[flags]))} and impostors in "
+                f"{len(np.unique(parts[~flags]))}."
+            )
+        return parts
+    count = int(given) if given.dtype.kind in "iuf" and np.isfinite(given) and int(given) == given else 0
+    parts = np.empty(len(flags), dtype=np.int64)
+    for kind in (flags, ~flags):
+        parts[kind] = np.arange(kind.sum()) * count // max(1, kind.sum())
     if not 2 <= count <= min(flags.sum(), (~flags).sum()):
         raise ValueError(
             "best_accuracy needs at least 2 folds and in each a genuine and an impostor pair, got "
-            f"{count if given.ndim else folds!r} folds for {int(flags.sum())} genuine and {int((~flags).sum())} "
+            f"{folds!r} folds for {int(flags.sum())} genuine and {int((~flags).sum())} "
             "impostor pairs."
         )
     return parts
