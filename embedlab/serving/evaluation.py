@@ -91,7 +91,7 @@ def evaluation_report(
             _retrieval(found),
             _verification(found, 2 if comparison else 1) if first.verification else None,
             _open_set(found) if first.open_set else None,
-            _degraded(first) if "degraded" in first.figures else None,
+            _degraded(found, 2 if comparison else 1) if "degraded" in first.figures else None,
             examples_section(first),
             disagreements_section(first, found[1]) if comparison else None,
             confusions_section(first),
@@ -643,31 +643,44 @@ def _classes(found: Evaluation) -> Html:
     )
 
 
-def _degraded(found: Evaluation) -> Html:
-    """Recall at rank 1 under bad conditions, by severity; drawn for the first subject."""
-    report = found.figures["degraded"]
-    kinds: dict[str, list[tuple[float, float]]] = {}
-    clean = next(row["recall_at_1"] for row in report["rows"] if not row["severity"])
-    for row in report["rows"]:
-        if row["severity"]:
-            kinds.setdefault(row["degradation"], [(0, clean)]).append((row["severity"], row["recall_at_1"]))
-    lines = [
-        Line(name.replace("_", " "), sorted(points), *_tone_of(number), dots=True)
-        for number, (name, points) in enumerate(kinds.items())
-    ]
-    means = {name.replace("_", " "): mean for name, mean in report["means"].items()}
-    shown = {figure: title for figure, title in FIGURES.items() if mean_of(means["all"], figure)[0] is not None}
-    rows = [(name, *(_mean_cell(*mean_of(mean, figure)) for figure in shown)) for name, mean in means.items()]
+def _degraded(found: Sequence[Evaluation], drawn: int) -> Html:
+    """Recall at rank 1 under bad conditions, by severity; drawn for the first subjects, means for all."""
+    charts = []
+    for one in found[:drawn]:
+        kinds: dict[str, list[tuple[float, float]]] = {}
+        report = one.figures["degraded"]
+        clean = next(row["recall_at_1"] for row in report["rows"] if not row["severity"])
+        for row in report["rows"]:
+            if row["severity"]:
+                kinds.setdefault(row["degradation"], [(0, clean)]).append((row["severity"], row["recall_at_1"]))
+        lines = [
+            Line(name.replace("_", " "), sorted(points), *_tone_of(number), dots=True)
+            for number, (name, points) in enumerate(kinds.items())
+        ]
+        title = f"recall@1 of {one.name}" if drawn > 1 else "recall@1"
+        axis = Axis(title, percent=True, low=0.0)
+        charts.append(line_chart(lines, x=Axis("severity", low=0.0), y=axis, narrow=drawn > 1))
+    columns = [Column("Degradation")]
+    cells = [[name.replace("_", " ")] for name in found[0].figures["degraded"]["means"]]
+    for one in found:
+        means = one.figures["degraded"]["means"]
+        for figure, title in FIGURES.items():
+            if mean_of(means["all"], figure)[0] is not None:
+                columns.append(Column(f"{one.name}: mean {title}" if len(found) > 1 else f"Mean {title}", number=True))
+                for row, mean in zip(cells, means.values(), strict=True):
+                    row.append(_mean_cell(*mean_of(mean, figure)))
     return section(
         "Bad conditions",
         tag(
             "p",
-            f"Recall@1 of {found.name} where queries are degraded and what is searched stays clean, {_mode(found)}; 0 "
-            "is clean. The table has means over the severities.",
+            "Recall@1 "
+            + ("" if drawn > 1 else f"of {found[0].name} ")
+            + f"where queries are degraded and what is searched stays clean, {_mode(found[0])}; 0 is clean. The table "
+            "has means over the severities.",
             class_="quiet",
         ),
-        line_chart(lines, x=Axis("severity", low=0.0), y=Axis("recall@1", percent=True, low=0.0)),
-        table([Column("Degradation"), *(Column(f"Mean {title}", number=True) for title in shown.values())], rows),
+        tag("div", charts, class_="charts") if drawn > 1 else charts,
+        table(columns, cells),
         name="degraded",
     )
 
@@ -710,12 +723,12 @@ def _cost(capacities: Mapping[str, Capacity]) -> Html:
         (
             name,
             "-" if found.parameters is None else f"{found.parameters:,}",
-            f"{found.megabytes:.1f} MB",
-            "-" if found.multiply_adds is None else f"{found.multiply_adds / 1e6:,.1f} M",
+            f"{found.megabytes:.1f}\u00a0MB",
+            "-" if found.multiply_adds is None else f"{found.multiply_adds / 1e6:,.1f}\u00a0M",
             speed.batch,
-            f"{speed.milliseconds:,.2f} ms",
+            f"{speed.milliseconds:,.2f}\u00a0ms",
             f"{speed.images_per_second:,.0f}",
-            "-" if speed.peak_mebibytes is None else f"{speed.peak_mebibytes:,.1f} MiB",
+            "-" if speed.peak_mebibytes is None else f"{speed.peak_mebibytes:,.1f}\u00a0MiB",
         )
         for name, found in capacities.items()
         for speed in found.speeds
