@@ -45,47 +45,166 @@ class PairCounts:
     resolution: float = 10.0**-DECIMALS
 
 
-def count_pairs(
-    rows: Rows,
-    codes: Integers,
-    groups: Sequence[Integers],
-    share: Share,
-    decisive: Callable[[PairCounts], Integers],
-) -> PairCounts:
-    """Compare all pairs of rows (N, D) with classes `codes` (N,), leaving out those that share a group of any kind.
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """All pairs of some vectors, but for those that share a group of any kind.
 
     Args:
-        rows: Vectors.
-        codes: Their classes.
+        rows: (N, D) vectors.
+        codes: (N,) their classes.
         groups: (N,) each.
         share: This rank's part.
-        decisive: Names the levels of a coarse count that decide a figure: they are told apart to 12 decimals.
     """
-    count, low, high = _range(rows, codes, groups)
-    if count <= HELD:
-        return _between_held(rows, codes, groups, share)
-    first, last = (int(key) for key in _keys(np.array([low, high])))
-    width = -(-(last - first + 1) // COARSE)
-    cells = (last - first) // width + 1
 
-    def cell(keys: Integers) -> Integers:
-        """0 below all genuine scores, 1 to `cells` among them."""
-        return np.clip((keys - first) // width + 1, 0, cells + 1)
+    rows: Rows
+    codes: Integers
+    groups: Sequence[Integers]
+    share: Share
 
-    impostors, genuine = share.add(_on_grid(rows, codes, groups, share, cell, cells + 2)).reshape(-1, 2).T
-    middles = first + (np.arange(-1, cells + 1)) * width + (width - 1) // 2
-    if width == 1:
-        return _counts(middles, genuine, impostors)
-    chosen = genuine * impostors.astype(np.float64) > HEAVY * genuine.sum() * impostors.sum(dtype=np.float64)
-    chosen[np.flatnonzero(genuine)[decisive(_counts(middles, genuine, impostors))]] = True
-    fine = _told_apart(rows, codes, groups, share, cell, chosen)
-    keys, genuine, impostors = (
-        np.concatenate([coarse[~chosen], exact])
-        for coarse, exact in zip((middles, genuine, impostors), fine, strict=True)
-    )
-    order = keys.argsort()
-    blurred = order < len(keys) - len(fine[0])
-    return _counts(keys[order], genuine[order], impostors[order], blurred, width)
+    def count(self, decisive: Callable[[PairCounts], Integers]) -> PairCounts:
+        """Compare them all.
+
+        Args:
+            decisive: Names the levels of a coarse count that decide a figure: they are told apart to 12 decimals.
+        """
+        count, low, high = self._range()
+        if count <= HELD:
+            return self._between_held()
+        first, last = (int(key) for key in _keys(np.array([low, high])))
+        width = -(-(last - first + 1) // COARSE)
+        cells = (last - first) // width + 1
+
+        def cell(keys: Integers) -> Integers:
+            """0 below all genuine scores, 1 to `cells` among them."""
+            return np.clip((keys - first) // width + 1, 0, cells + 1)
+
+        impostors, genuine = self.share.add(self._on_grid(cell, cells + 2)).reshape(-1, 2).T
+        middles = first + (np.arange(-1, cells + 1)) * width + (width - 1) // 2
+        if width == 1:
+            return _counts(middles, genuine, impostors)
+        chosen = genuine * impostors.astype(np.float64) > HEAVY * genuine.sum() * impostors.sum(dtype=np.float64)
+        chosen[np.flatnonzero(genuine)[decisive(_counts(middles, genuine, impostors))]] = True
+        fine = self._told_apart(cell, chosen)
+        keys, genuine, impostors = (
+            np.concatenate([coarse[~chosen], exact])
+            for coarse, exact in zip((middles, genuine, impostors), fine, strict=True)
+        )
+        order = keys.argsort()
+        blurred = order < len(keys) - len(fine[0])
+        return _counts(keys[order], genuine[order], impostors[order], blurred, width)
+
+    def _between_held(self) -> PairCounts:
+        """Impostors counted between the genuine scores, one by one."""
+        scores = np.concatenate([np.empty(0), *self._genuine()])
+        found, genuine = np.unique(_keys(scores), return_counts=True)
+        # half a step to either side: what rounds to a level lies between its two edges
+        places = _Places((np.stack([found - 0.5, found + 0.5], axis=1) / 10**DECIMALS).ravel())
+        counts = np.zeros(2 * len(found) + 1, dtype=np.int64)
+
+        def add(scores: Floats, same: Booleans) -> Callable[[], None]:
+            impostors = scores[~same]
+            impostors.sort()  # neighbours find their places in the same cache line
+            index = places.of(impostors)
+            return lambda: np.add.at(counts, index, 1)
+
+        self._stream(add, "all pairs")
+        below = self.share.add(counts).cumsum()
+        return PairCounts(found / 10**DECIMALS, genuine.astype(np.int64), below, np.zeros(len(found), dtype=np.bool_))
+
+    def _on_grid(self, cell: Callable[[Integers], Integers], cells: int) -> Integers:
+        """(2 cells,) impostor and genuine pairs in each cell, by turns."""
+        counts = np.zeros(2 * cells, dtype=np.int64)
+
+        def add(scores: Floats, same: Booleans) -> Callable[[], None]:
+            index = 2 * cell(_keys(scores)) + same
+            index.sort()
+            return lambda: np.add.at(counts, index, 1)
+
+        self._stream(add, "all pairs, coarsely")
+        return counts
+
+    def _told_apart(
+        self, cell: Callable[[Integers], Integers], chosen: Booleans
+    ) -> tuple[Integers, Integers, Integers]:
+        """Ascending keys in the chosen cells, and how many genuine and impostor pairs have each."""
+        marked, counts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)  # marked: 2 key + genuine
+        waiting, length = [np.empty(0, dtype=np.int64)], 0
+
+        def count() -> None:
+            nonlocal marked, counts, length
+            marked, counts = _summed([(marked, counts), *((part, np.ones_like(part)) for part in waiting)])
+            waiting.clear()
+            length = 0
+
+        def add(scores: Floats, same: Booleans) -> Callable[[], None]:
+            keys = _keys(scores)
+            kept = chosen[cell(keys)]
+            part = 2 * keys[kept] + same[kept]
+
+            def collect() -> None:
+                nonlocal length
+                waiting.append(part)
+                length += len(part)
+                if length > COLLECTED:
+                    count()
+
+            return collect
+
+        self._stream(add, "all pairs, finely")
+        count()
+        marked, counts = _summed(self.share.collect((marked, counts)))
+        keys, place = np.unique(marked >> 1, return_inverse=True)
+        kinds = np.zeros((2, len(keys)), dtype=np.int64)
+        kinds[marked & 1, place] = counts
+        return keys, kinds[1], kinds[0]
+
+    def _range(self) -> tuple[int, float, float]:
+        """How many genuine pairs there are, and where they are too many to hold their lowest and highest score."""
+        sizes = np.bincount(self.codes)
+        count, low, high = int((sizes * (sizes - 1) // 2).sum()), 1.0, -1.0
+        if count <= HELD:
+            return count, low, high
+        kept = 0  # without those that share a group
+        with tqdm(total=count, desc="genuine pairs", unit_scale=True, delay=3, leave=False, disable=None) as bar:
+            for part in self._genuine():
+                low, high = min(low, part.min(initial=1)), max(high, part.max(initial=-1))
+                kept += len(part)
+                bar.update(len(part))
+        return kept, float(low), float(high)
+
+    def _genuine(self) -> Iterator[Floats]:
+        """Cosines of all pairs of one class, class by class."""
+        order = np.argsort(self.codes, kind="stable")
+        ends = np.bincount(self.codes).cumsum()
+        for first, end in zip(np.append(0, ends[:-1]), ends, strict=True):
+            for a, b in _tiles(int(end - first), self.rows.dim):
+                members = order[first:end]
+                kept = _upper(a, b)
+                for group in self.groups:
+                    kept &= group[members[a], None] != group[members[b]]
+                yield (self.rows.unit(members[a]) @ self.rows.unit(members[b]).T)[kept]
+
+    def _stream(self, add: Callable[[Floats, Booleans], Callable[[], None]], title: str) -> None:
+        """Cosines (n,) of this rank's pairs, block by block, and which of them are genuine.
+
+        What `add` makes of a block is called by one thread at a time.
+        """
+        lock = Lock()
+
+        def work(tile: tuple[slice, slice]) -> None:
+            a, b = tile
+            kept = _upper(a, b) if a == b else np.ones((a.stop - a.start, b.stop - b.start), dtype=np.bool_)
+            for group in self.groups:
+                kept &= group[a, None] != group[b]
+            scores, same = self.rows.unit(a) @ self.rows.unit(b).T, self.codes[a, None] == self.codes[b]
+            whole = kept.all()
+            done = add(scores.ravel(), same.ravel()) if whole else add(scores[kept], same[kept])
+            with lock:
+                done()
+
+        tiles = list(_tiles(len(self.rows), self.rows.dim))[self.share.mine]
+        for _ in tqdm(in_threads(work, tiles), total=len(tiles), desc=title, delay=3, leave=False, disable=None):
+            pass
 
 
 def _keys(scores: Floats) -> Integers:
@@ -103,83 +222,6 @@ def _counts(
     below = np.append(np.stack([upto - impostors, upto], axis=1)[present].ravel(), upto[-1])
     blurred = np.zeros(len(keys), dtype=np.bool_) if blurred is None else blurred
     return PairCounts(keys[present] / 10**DECIMALS, genuine[present], below, blurred[present], width / 10**DECIMALS)
-
-
-def _between_held(rows: Rows, codes: Integers, groups: Sequence[Integers], share: Share) -> PairCounts:
-    """Impostors counted between the genuine scores, one by one."""
-    scores = np.concatenate([np.empty(0), *_genuine(rows, codes, groups)])
-    found, genuine = np.unique(_keys(scores), return_counts=True)
-    # half a step to either side: what rounds to a level lies between its two edges
-    places = _Places((np.stack([found - 0.5, found + 0.5], axis=1) / 10**DECIMALS).ravel())
-    counts = np.zeros(2 * len(found) + 1, dtype=np.int64)
-
-    def add(scores: Floats, same: Booleans) -> Callable[[], None]:
-        impostors = scores[~same]
-        impostors.sort()  # neighbours find their places in the same cache line
-        index = places.of(impostors)
-        return lambda: np.add.at(counts, index, 1)
-
-    _stream(rows, codes, groups, share, add, "all pairs")
-    below = share.add(counts).cumsum()
-    return PairCounts(found / 10**DECIMALS, genuine.astype(np.int64), below, np.zeros(len(found), dtype=np.bool_))
-
-
-def _on_grid(
-    rows: Rows,
-    codes: Integers,
-    groups: Sequence[Integers],
-    share: Share,
-    cell: Callable[[Integers], Integers],
-    cells: int,
-) -> Integers:
-    """(2 cells,) impostor and genuine pairs in each cell, by turns."""
-    counts = np.zeros(2 * cells, dtype=np.int64)
-
-    def add(scores: Floats, same: Booleans) -> Callable[[], None]:
-        index = 2 * cell(_keys(scores)) + same
-        index.sort()
-        return lambda: np.add.at(counts, index, 1)
-
-    _stream(rows, codes, groups, share, add, "all pairs, coarsely")
-    return counts
-
-
-def _told_apart(
-    rows: Rows,
-    codes: Integers,
-    groups: Sequence[Integers],
-    share: Share,
-    cell: Callable[[Integers], Integers],
-    chosen: Booleans,
-) -> tuple[Integers, Integers, Integers]:
-    """Ascending keys in the chosen cells, and how many genuine and impostor pairs have each."""
-    marked, counts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)  # marked: 2 key + genuine
-    waiting: list[Integers] = []
-
-    def count() -> None:
-        nonlocal marked, counts
-        marked, counts = _summed([(marked, counts), *((part, np.ones_like(part)) for part in waiting)])
-        waiting.clear()
-
-    def add(scores: Floats, same: Booleans) -> Callable[[], None]:
-        keys = _keys(scores)
-        kept = chosen[cell(keys)]
-        part = 2 * keys[kept] + same[kept]
-
-        def collect() -> None:
-            waiting.append(part)
-            if sum(map(len, waiting)) > COLLECTED:
-                count()
-
-        return collect
-
-    _stream(rows, codes, groups, share, add, "all pairs, finely")
-    count()
-    marked, counts = _summed(share.collect((marked, counts)))
-    keys, place = np.unique(marked >> 1, return_inverse=True)
-    kinds = np.zeros((2, len(keys)), dtype=np.int64)
-    kinds[marked & 1, place] = counts
-    return keys, kinds[1], kinds[0]
 
 
 def _summed(parts: Sequence[tuple[Integers, Integers]]) -> tuple[Integers, Integers]:
@@ -218,64 +260,6 @@ class _Places:
             behind = behind[self.edges.take(place.take(behind)) <= scores.take(behind)]
         place[behind] = np.searchsorted(self.edges[:-1], scores[behind], side="right")
         return place
-
-
-def _range(rows: Rows, codes: Integers, groups: Sequence[Integers]) -> tuple[int, float, float]:
-    """How many genuine pairs there are, and where they are too many to hold their lowest and highest score."""
-    sizes = np.bincount(codes)
-    count, low, high = int((sizes * (sizes - 1) // 2).sum()), 1.0, -1.0
-    if count <= HELD:
-        return count, low, high
-    kept = 0  # without those that share a group
-    with tqdm(total=count, desc="genuine pairs", unit_scale=True, delay=3, leave=False, disable=None) as bar:
-        for part in _genuine(rows, codes, groups):
-            low, high = min(low, part.min(initial=1)), max(high, part.max(initial=-1))
-            kept += len(part)
-            bar.update(len(part))
-    return kept, float(low), float(high)
-
-
-def _genuine(rows: Rows, codes: Integers, groups: Sequence[Integers]) -> Iterator[Floats]:
-    """Cosines of all pairs of one class, class by class."""
-    order = np.argsort(codes, kind="stable")
-    ends = np.bincount(codes).cumsum()
-    for first, end in zip(np.append(0, ends[:-1]), ends, strict=True):
-        for a, b in _tiles(int(end - first), rows.dim):
-            members = order[first:end]
-            kept = _upper(a, b)
-            for group in groups:
-                kept &= group[members[a], None] != group[members[b]]
-            yield (rows.unit(members[a]) @ rows.unit(members[b]).T)[kept]
-
-
-def _stream(
-    rows: Rows,
-    codes: Integers,
-    groups: Sequence[Integers],
-    share: Share,
-    add: Callable[[Floats, Booleans], Callable[[], None]],
-    title: str,
-) -> None:
-    """Cosines (n,) of this rank's pairs, block by block, and which of them are genuine.
-
-    What `add` makes of a block is called by one thread at a time.
-    """
-    lock = Lock()
-
-    def work(tile: tuple[slice, slice]) -> None:
-        a, b = tile
-        kept = _upper(a, b) if a == b else np.ones((a.stop - a.start, b.stop - b.start), dtype=np.bool_)
-        for group in groups:
-            kept &= group[a, None] != group[b]
-        scores, same = rows.unit(a) @ rows.unit(b).T, codes[a, None] == codes[b]
-        whole = kept.all()
-        done = add(scores.ravel(), same.ravel()) if whole else add(scores[kept], same[kept])
-        with lock:
-            done()
-
-    tiles = list(_tiles(len(rows), rows.dim))[share.mine]
-    for _ in tqdm(in_threads(work, tiles), total=len(tiles), desc=title, delay=3, leave=False, disable=None):
-        pass
 
 
 def _tiles(count: int, dim: int) -> Iterator[tuple[slice, slice]]:

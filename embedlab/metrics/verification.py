@@ -21,7 +21,7 @@ from embedlab.metrics._arrays import (
     between,
     digest,
 )
-from embedlab.metrics._pairs import PairCounts, count_pairs
+from embedlab.metrics._pairs import PairCounts, Pairs
 from embedlab.metrics._ranking import Rows
 from embedlab.metrics._share import Share
 
@@ -296,7 +296,7 @@ def verification_report(
     tracks = [_codes(group, "groups", len(rows)) for group in several]
     share = Share(over_ranks=over_ranks)
     share.refuse_different(lambda: digest(rows.values, codes, *tracks))
-    counts = count_pairs(rows, codes, tracks, share, lambda coarse: _decisive(coarse, _targets(coarse, far)))
+    counts = Pairs(rows, codes, tracks, share).count(lambda coarse: _decisive(coarse, _targets(coarse, far)))
     targets = _targets(counts, far)
     false_accepts, accepts = _points(counts)
     impostors, genuine = int(false_accepts[-1]), int(accepts[-1])
