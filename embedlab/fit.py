@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
+import torch
 import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from jsonargparse.typing import PositiveInt
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch import nn
@@ -101,7 +103,8 @@ def _innermost(message: str) -> str:
         )
     ]
     told = [line for line in lines if _WRONG_KEY.search(line) or "Expected a" in line]
-    inner = (told or lines or [message])[0]
+    causes = [line for line in lines if not (line.startswith("Parser key") and line.endswith(":"))]
+    inner = (told or causes or lines or [message])[0]
     place = next((line.removesuffix(":") for line in lines if line.startswith("Parser key")), "")
     return inner if not place or place in inner else f"{place}: {inner}"
 
@@ -118,6 +121,18 @@ class _FitCLI(LightningCLI):
         parser.add_class_arguments(Checkpoints, "checkpoints", skip={"folder"})
         parser.add_class_arguments(Monitor, "monitor")
         parser.callback_keys += ["checkpoints", "monitor"]
+        parser.add_argument(
+            "--threads",
+            type=PositiveInt | None,
+            default=None,
+            help="Cores that torch computes on; null leaves it all of them. A small network gains little by a second "
+            "one, and loses much where other processes use it, too: threads wait for each other in every layer.",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """The number of threads is that of everything that follows."""
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Our bar, unless the recipe brings another or wants none."""
@@ -155,8 +170,10 @@ def main(arguments: list[str]) -> int:
     checkpoint = _prepare(run, resume=options.resume)
     if options.resume:
         options.config, rest = _own_config(options.config, run, rest)
-    started = time.perf_counter()
-    with contextlib.redirect_stdout(sys.stderr):  # bars and logs; stdout is for the result
+    started, threads = time.perf_counter(), torch.get_num_threads()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # bars and logs; stdout is for the result
+        stack.callback(torch.set_num_threads, threads)
         cli = _build([*_config_arguments(options.config), *rest], run)
         _checkpoints(cli).folder = run / "checkpoints"
         if checkpoint is not None:

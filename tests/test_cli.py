@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from PIL import Image
@@ -464,6 +465,20 @@ def test_a_value_that_a_class_refuses_is_told_in_one_line(pictures, tmp_path, ca
     assert re.search(text, message)
     assert "Union" not in message
     assert "Namespace" not in message
+
+
+def test_a_recipe_says_on_how_many_threads_it_trains(pictures, tmp_path, capsys, monkeypatch) -> None:
+    command = ["fit", "-c", RECIPES / "supcon.yaml", "--run", tmp_path / "run", f"--data.init_args.root={pictures}"]
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(pl.Trainer, "fit", lambda *_, **__: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr("embedlab.fit._report", lambda *_, **__: None)
+    for threads in ("1", "null", "3"):
+        assert main([*map(str, command), *SMALL, "--threads", threads]) == 0
+    assert seen == [1, before, 3]
+    assert torch.get_num_threads() == before
+    with pytest.raises(SystemExit):
+        main([*map(str, command), *SMALL, "--threads", "0"])
+    assert '"threads": Not of type PositiveInt' in capsys.readouterr().err
 
 
 def test_numbers_and_folders_are_checked_before_the_work(pictures, encoder, tmp_path, capsys) -> None:
