@@ -388,7 +388,11 @@ def test_two_encoders_are_compared_under_bad_conditions_and_the_report_shows_the
         low, high = told["interval"]
         assert low <= told["difference"] <= high
     text = report.read_text()
-    assert "Mean recall@1" in text
+    for name, one in zip(("first", "second"), (first, second), strict=True):
+        name = document["comparison"][name]
+        assert f"recall@1 of {name}" in text
+        assert f"{name}: mean recall@1" in text
+        assert f"{100 * one['means']['noise']['recall_at_1']:.1f}%" in text
     assert f"{first['means']['occlusion']['recall_at_1']:.1%} (" in text
 
 

@@ -563,19 +563,6 @@ def test_the_open_set_trial_is_told_and_drawn(folder, tmp_path, capsys) -> None:
     assert "raw pixels: mean recall@1" in reader.text
 
 
-def test_bad_conditions_of_two_encoders_stand_side_by_side(folder, tmp_path, capsys) -> None:
-    report = tmp_path / "r.html"
-    found = ask(
-        capsys, "evaluate", folder / "all.csv", "--compare", folder / "a" / "encoder", folder / "b" / "encoder",
-        "--select", "split=probe,gallery", "--report", report, "--degradations", "blur", "--severities", "1", "5",
-    )  # fmt: skip
-    reader = require_harmless(report.read_text(encoding="utf-8"))
-    for name, one in found["results"].items():
-        assert f"recall@1 of {name}" in reader.text
-        assert f"{name}: mean recall@1" in reader.text
-        assert f"{100 * one['degraded']['means']['blur']['recall_at_1']:.1f}%" in reader.text
-
-
 def test_stored_vectors_have_all_of_it(folder, tmp_path, capsys) -> None:
     """Query and reference, and the open-set trial, from vectors alone: the same figures as from images."""
     encoder = folder / "a" / "encoder"

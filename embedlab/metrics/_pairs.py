@@ -95,8 +95,7 @@ class Pairs:
 
     def _between_held(self) -> PairCounts:
         """Impostors counted between the genuine scores, one by one."""
-        scores = np.concatenate([np.empty(0), *self._genuine()])
-        found, genuine = np.unique(_keys(scores), return_counts=True)
+        found, genuine = np.unique(_keys(np.concatenate([np.empty(0), *self._genuine()])), return_counts=True)
         # half a step to either side: what rounds to a level lies between its two edges
         places = _Places((np.stack([found - 0.5, found + 0.5], axis=1) / 10**DECIMALS).ravel())
         counts = np.zeros(2 * len(found) + 1, dtype=np.int64)
@@ -193,12 +192,13 @@ class Pairs:
 
         def work(tile: tuple[slice, slice]) -> None:
             a, b = tile
-            kept = _upper(a, b) if a == b else np.ones((a.stop - a.start, b.stop - b.start), dtype=np.bool_)
-            for group in self.groups:
-                kept &= group[a, None] != group[b]
             scores, same = self.rows.unit(a) @ self.rows.unit(b).T, self.codes[a, None] == self.codes[b]
-            whole = kept.all()
-            done = add(scores.ravel(), same.ravel()) if whole else add(scores[kept], same[kept])
+            if a == b or self.groups:
+                kept = _upper(a, b)
+                for group in self.groups:
+                    kept &= group[a, None] != group[b]
+                scores, same = scores[kept], same[kept]
+            done = add(scores.ravel(), same.ravel())
             with lock:
                 done()
 

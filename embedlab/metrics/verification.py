@@ -3,6 +3,7 @@
 `verification_report(embeddings, labels)` compares all pairs of a set, without ever holding them.
 """
 
+from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
@@ -303,7 +304,8 @@ def verification_report(
     place = _last_within(targets, false_accepts)
     # points 2 i and 2 i + 1 have accepted i levels
     levels = np.append(np.inf, counts.levels[::-1])
-    mixed = counts.genuine * np.diff(counts.below)[::2].astype(np.float64) * counts.blurred
+    blurred = np.flatnonzero(counts.blurred)
+    mixed = counts.genuine[blurred] * (counts.below[2 * blurred + 1] - counts.below[2 * blurred]).astype(np.float64)
     return VerificationReport(
         auc=_area(false_accepts, accepts),
         eer=_equal_errors(false_accepts, accepts),
@@ -427,19 +429,21 @@ def _last_within(targets: Floats, false_accepts: Integers) -> Array:
 
 
 def _equal_errors(false_accepts: Integers, accepts: Integers) -> float:
-    false_accept_rate = false_accepts / false_accepts[-1]
-    false_reject_rate = 1 - accepts / accepts[-1]
     after = _first_equal(false_accepts, accepts)
-    before = after - 1
-    gap_before = false_reject_rate[before] - false_accept_rate[before]
-    gap_after = false_reject_rate[after] - false_accept_rate[after]
-    way = gap_before / (gap_before - gap_after)
-    return float(false_accept_rate[before] + way * (false_accept_rate[after] - false_accept_rate[before]))
+    before, past = ((false_accepts[p] / false_accepts[-1], 1 - accepts[p] / accepts[-1]) for p in (after - 1, after))
+    gap_before, gap_past = before[1] - before[0], past[1] - past[0]
+    way = gap_before / (gap_before - gap_past)
+    return float(before[0] + way * (past[0] - before[0]))
 
 
 def _first_equal(false_accepts: Integers, accepts: Integers) -> int:
     """The first operating point where false rejects do not exceed false accepts; never 0, which rejects everyone."""
-    return int((1 - accepts / accepts[-1] <= false_accepts / false_accepts[-1]).argmax())
+
+    def crossed(point: int) -> bool:
+        """Rejects fall and accepts rise from point to point, so that halving finds the first."""
+        return bool(1 - accepts[point] / accepts[-1] <= false_accepts[point] / false_accepts[-1])
+
+    return bisect_left(range(len(accepts)), True, key=crossed)
 
 
 def _area(false_accepts: Integers, accepts: Integers) -> float:
@@ -452,9 +456,11 @@ def _precision(false_accepts: Integers, accepts: Integers, blurred: Booleans) ->
     """Average precision from two points per level (see `_points`); of a blurred level at its middle."""
     hits, misses = accepts[2::2], false_accepts[2::2]
     found = np.diff(accepts[::2])
-    middle_hits, middle_misses = hits - (found - 1) / 2, (misses + false_accepts[1:-1:2]) / 2
-    precision = np.where(blurred, middle_hits / (middle_hits + middle_misses), hits / (hits + misses))
-    return float((found * precision).sum() / accepts[-1])
+    precision = hits / (hits + misses)
+    if blurred.any():
+        middle = (hits - (found - 1) / 2)[blurred]
+        precision[blurred] = middle / (middle + (misses + false_accepts[1:-1:2])[blurred] / 2)
+    return float(found @ precision / accepts[-1])
 
 
 def _operating_points(genuine: Floats, impostor: Floats) -> tuple[Floats, Integers, Integers]:
