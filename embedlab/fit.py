@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -42,6 +42,8 @@ _WRONG_KEY = re.compile(
     r"[Oo]ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|[Uu]nrecognized arguments: -*([\w.]+)"
 )
 
+
+_Part = TypeVar("_Part", Checkpoints, SaveEncoder)
 
 _FALSE_START = {"config.yaml", "split.csv"}  # all that a run leaves which ended before its first step
 
@@ -120,7 +122,8 @@ class _FitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(Checkpoints, "checkpoints", skip={"folder"})
         parser.add_class_arguments(Monitor, "monitor")
-        parser.callback_keys += ["checkpoints", "monitor"]
+        parser.add_class_arguments(SaveEncoder, "encoder", skip={"folder"})
+        parser.callback_keys += ["checkpoints", "monitor", "encoder"]
         parser.add_argument(
             "--threads",
             type=PositiveInt | None,
@@ -175,7 +178,8 @@ def main(arguments: list[str]) -> int:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # bars and logs; stdout is for the result
         stack.callback(torch.set_num_threads, threads)
         cli = _build([*_config_arguments(options.config), *rest], run)
-        _checkpoints(cli).folder = run / "checkpoints"
+        _callback(cli, Checkpoints).folder = run / "checkpoints"
+        _callback(cli, SaveEncoder).folder = run / "encoder"
         if checkpoint is not None:
             _require_same_roles(cli.datamodule, run / "split.csv")
             if cli.trainer.is_global_zero:
@@ -204,8 +208,8 @@ def _own_config(configs: list[str], run: Path, rest: list[str]) -> tuple[list[st
     return [str(own)], [*moved, *rest]
 
 
-def _checkpoints(cli: _FitCLI) -> Checkpoints:
-    return next(found for found in cli.trainer.checkpoint_callbacks if isinstance(found, Checkpoints))
+def _callback(cli: _FitCLI, kind: type[_Part]) -> _Part:
+    return next(found for found in cli.trainer.callbacks if isinstance(found, kind))  # type: ignore[attr-defined]
 
 
 def _require_same_roles(data: pl.LightningDataModule, split: Path) -> None:
@@ -322,10 +326,7 @@ def _command_line(arguments: list[str], run: Path) -> _FitCLI:
             "num_sanity_val_steps": 0,
             "log_every_n_steps": 10,
             "enable_model_summary": False,
-            "callbacks": [
-                SaveEncoder(f"{run_folder}/encoder"),
-                Guard(),
-            ],
+            "callbacks": [Guard()],
         },
         args=arguments,
         run=False,
@@ -333,7 +334,7 @@ def _command_line(arguments: list[str], run: Path) -> _FitCLI:
 
 
 def _report(cli: _FitCLI, run: Path, seconds: float, *, as_json: bool) -> None:
-    checkpoint = _checkpoints(cli).last
+    checkpoint = _callback(cli, Checkpoints).last
     figures = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     result = {
         "run": str(run),

@@ -759,3 +759,22 @@ def naive_matches_of_others(query, reference, labels, *, knn_k: int, temperature
             ballot[labels[other]] = ballot.get(labels[other], 0.0) + math.exp(scores[other] / temperature)
         votes += max(sorted(ballot), key=lambda name: ballot[name]) == labels[row]
     return right / len(query), votes / len(query)
+
+
+# ---- encoders -------------------------------------------------------------------------------------------------------
+
+
+def naive_whitened(vectors, labels, power, images):
+    """Cosines of images whitened by the D x D covariance of vectors, shrunk by scikit-learn's Ledoit-Wolf estimator."""
+    from sklearn.covariance import LedoitWolf
+
+    unit = [np.array(v, dtype=float) / math.sqrt(sum(float(x) ** 2 for x in v)) for v in vectors]
+    mean = sum(unit) / len(unit)
+    rest = []
+    for vector, label in zip(unit, labels or [0] * len(unit), strict=True):
+        same = [u for u, other in zip(unit, labels or [0] * len(unit), strict=True) if other == label]
+        rest.append(vector - sum(same) / len(same))
+    values, vectors = np.linalg.eigh(LedoitWolf(assume_centered=True).fit(np.array(rest)).covariance_)
+    root = vectors @ np.diag(values ** (-power / 2)) @ vectors.T
+    moved = [root @ (np.array(v, dtype=float) / np.linalg.norm(v) - mean) for v in images]
+    return np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in moved] for a in moved])

@@ -9,7 +9,17 @@ from PIL import Image
 from torch import nn
 
 from embedlab.data import FixedViews, ImageData, Source
-from embedlab.encoders import Encoder, EncoderError, LinearHead, MLPHead, Pixels, ResNet, TimmBackbone, connect
+from embedlab.encoders import (
+    Encoder,
+    EncoderError,
+    LinearHead,
+    MLPHead,
+    Pixels,
+    ResNet,
+    TimmBackbone,
+    Whitening,
+    connect,
+)
 from embedlab.encoders.backbones import PretrainedUnavailableError
 
 
@@ -269,9 +279,9 @@ def test_format_version_and_missing_files_are_explained(tmp_path, monkeypatch) -
     with pytest.raises(EncoderError, match="holds no saved encoder .*expected encoder.json"):
         Encoder.load(tmp_path)
     monkeypatch.setattr("embedlab.encoders.encoder.FORMAT_VERSION", 99)
-    Encoder(Pixels(4), image_size=4, test_views=FixedViews(2)).save(tmp_path / "encoder")
+    Encoder(Pixels(4), image_size=4, whitening=Whitening(48, 1)).save(tmp_path / "encoder")
     monkeypatch.undo()
-    with pytest.raises(EncoderError, match="version 99, this embedlab reads embedlab-encoder up to version 2; update"):
+    with pytest.raises(EncoderError, match="version 99, this embedlab reads embedlab-encoder up to version 3; update"):
         Encoder.load(tmp_path / "encoder")
 
 
@@ -333,8 +343,32 @@ def test_a_grid_of_places_is_kept_and_the_usual_mean_has_its_old_fingerprint(tmp
     Encoder(grid, image_size=32).save(tmp_path / "grid")
     assert Encoder.load(tmp_path / "grid").backbone.out_features == 512
     assert "pool" not in mean.config, "encoders of before keep their fingerprint"
-    with pytest.raises(ValueError, match="pool >= 1, got 1.0, 3 and 0"):
+    with pytest.raises(ValueError, match="pool >= 1, one or a list for up to 3 last stages; got 1.0, 3 and 0"):
         ResNet("resnet8", pool=0)
+
+
+def test_the_last_stages_stand_side_by_side(tmp_path) -> None:
+    torch.manual_seed(0)
+    both = ResNet("resnet18", stem="small", width=0.125, pool=[2, 1]).eval()
+    assert both.out_features == 32 * 4 + 64
+    seen: list[torch.Tensor] = []
+    both.net.layer3.register_forward_hook(lambda *given: seen.append(given[-1]))
+    images = torch.rand(2, 3, 32, 32)
+    features = both(images)
+    early, late = features[:, :128], features[:, 128:]
+    places = nn.functional.adaptive_avg_pool2d(seen[0], 2).flatten(1)
+    torch.testing.assert_close(early, places / places.norm(dim=1, keepdim=True))
+    mean = ResNet("resnet18", stem="small", width=0.125).eval()
+    mean.load_state_dict(both.state_dict())
+    torch.testing.assert_close(late, nn.functional.normalize(mean(images)))
+    Encoder(both, image_size=32).save(tmp_path / "both")
+    torch.testing.assert_close(Encoder.load(tmp_path / "both").backbone(images), features)
+    assert ResNet("resnet50", width=0.25, pool=[1, 1, 1]).out_features == 4 * (32 + 64 + 128)
+    three = ResNet("resnet8", stem="small", width=0.125, pool=[1, 1, 1])
+    assert three(images).shape == (2, three.out_features) == (2, 8 + 16 + 32)
+    assert ResNet("resnet8", pool=[1]).config == ResNet("resnet8").config
+    with pytest.raises(ValueError, match=r"a list for up to 3 last stages; got 1.0, 3 and \[1, 1, 1, 1\]"):
+        ResNet("resnet8", pool=[1, 1, 1, 1])
 
 
 def test_standardised_pictures_look_alike_under_any_exposure(tmp_path) -> None:

@@ -23,7 +23,7 @@ from embedlab import Gallery
 from embedlab.cli import main
 from embedlab.data import FixedViews, Source
 from embedlab.data.embedding import identity_hash
-from embedlab.encoders import Encoder, LinearHead, MLPHead, Pixels, ResNet, TimmBackbone
+from embedlab.encoders import Encoder, LinearHead, MLPHead, Pixels, ResNet, TimmBackbone, Whitening
 from embedlab.serving import export
 from embedlab.serving.export import ExportError, export_encoder
 
@@ -79,6 +79,12 @@ def float64_vectors(encoder: Encoder, images: np.ndarray) -> np.ndarray:
         features = encoder.backbone((view - mean) / std)
         vectors = features if encoder.head is None else encoder.head(features)
         total = total + vectors / vectors.norm(dim=1, keepdim=True)
+    total = total / total.norm(dim=1, keepdim=True)
+    if encoder.whitening is not None:
+        gain = torch.diag(1 + encoder.whitening.gain)
+        basis = encoder.whitening.basis
+        rest = torch.eye(encoder.dim).double() - basis.T @ basis
+        total = (total - encoder.whitening.mean) @ (basis.T @ gain @ basis + rest)
     return (total / total.norm(dim=1, keepdim=True)).numpy()
 
 
@@ -99,6 +105,11 @@ ENCODERS = {
     ),
     "pixels": lambda: Encoder(Pixels(4), image_size=4),
     "test-time views": lambda: small(test_views=FixedViews(3, degrees=20, elastic=0.03)),
+    "two stages, whitened": lambda: Encoder(
+        ResNet("resnet8", stem="small", width=0.125, pool=[2, 1]),
+        image_size=16,
+        whitening=Whitening.fit(np.random.default_rng(0).normal(size=(40, 96)) + 1, [0, 1] * 20),
+    ),
     "timm": lambda: Encoder(TimmBackbone("test_vit", image_size=32), image_size=32),
 }
 

@@ -11,3 +11,4 @@ from embedlab.encoders.heads import CosineHead as CosineHead
 from embedlab.encoders.heads import LinearHead as LinearHead
 from embedlab.encoders.heads import MLPHead as MLPHead
 from embedlab.encoders.heads import connect as connect
+from embedlab.encoders.whitening import Whitening as Whitening

@@ -9,9 +9,12 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from embedlab._ops import normalize
 
 _LAYERS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet8": (BasicBlock, [1, 1, 1]),
@@ -69,7 +72,8 @@ class ResNet(nn.Module):
         norm: "batch", or "group" (no statistics over the batch: the same on one device and on many).
         pool: Side of the grid of places whose features are kept, each a mean over its part of the picture. 1 is the
             usual mean over all; 2 to 4 also tell where something is, for aligned pictures such as faces, with pool^2
-            times the features.
+            times the features. Several are of as many last stages, [2, 1] of the last but one and the last: their
+            features, those of each stage brought to unit length, stand side by side.
         standardize: Bring each image, channel by channel, to mean 0 and deviation 1 first: for pictures whose exposure
             or colour cast changes and means nothing.
         pretrained: Start from torchvision's ImageNet weights (needs stem="imagenet", norm="batch", width=1).
@@ -89,7 +93,7 @@ class ResNet(nn.Module):
         width: float = 1.0,
         in_channels: int = 3,
         norm: Literal["batch", "group"] = "batch",
-        pool: int = 1,
+        pool: int | list[int] = 1,
         standardize: bool = False,
         pretrained: bool = False,
     ) -> None:
@@ -98,9 +102,12 @@ class ResNet(nn.Module):
             raise ValueError(f"ResNet knows {', '.join(_LAYERS)}; got {name!r}. For others use TimmBackbone.")
         if stem not in _STEMS or norm not in ("batch", "group"):
             raise ValueError(f"ResNet takes stem {'|'.join(_STEMS)} and norm batch|group, got {stem!r} and {norm!r}.")
-        if width <= 0 or in_channels < 1 or pool < 1:
+        block, layers = _LAYERS[name]
+        grids = [pool] if isinstance(pool, int) else list(pool)
+        if width <= 0 or in_channels < 1 or not 1 <= len(grids) <= len(layers) or min(grids) < 1:
             raise ValueError(
-                f"ResNet needs width > 0, in_channels >= 1 and pool >= 1, got {width}, {in_channels} and {pool}."
+                f"ResNet needs width > 0, in_channels >= 1 and pool >= 1, one or a list for up to {len(layers)} last "
+                f"stages; got {width}, {in_channels} and {pool}."
             )
         self.config: dict[str, Any] = {
             "name": name,
@@ -110,13 +117,15 @@ class ResNet(nn.Module):
             "norm": norm,
         }
         for option, given, usual in (("pool", pool, 1), ("standardize", standardize, False)):
-            if given != usual:  # left out, an encoder keeps the fingerprint that it has always had
+            if given != usual and given != [usual]:  # left out, an encoder keeps the fingerprint that it has always had
                 self.config[option] = given
         self.in_channels = in_channels
         self.standardize = standardize
         self.net = _build(name, stem, width, in_channels, norm)
-        self.out_features: int = self.net.fc.in_features * pool**2
-        self.net.avgpool = nn.AdaptiveAvgPool2d(pool)
+        self.grids = grids
+        sizes = [size * block.expansion for size in _planes(width)[: len(layers)]]
+        self.out_features = sum(size * grid**2 for size, grid in zip(reversed(sizes), reversed(grids), strict=False))
+        self.net.avgpool = nn.AdaptiveAvgPool2d(grids[-1])
         self.net.fc = nn.Identity()
         if pretrained:
             if stem != "imagenet" or norm != "batch" or width != 1 or name in ("resnet8", "resnet10"):
@@ -127,8 +136,23 @@ class ResNet(nn.Module):
             _load_imagenet(self.net, name, in_channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.net(_standardized(images) if self.standardize else images)
-        return features
+        if self.standardize:
+            images = _standardized(images)
+        if len(self.grids) == 1:
+            features: Tensor = self.net(images)
+            return features
+        net = self.net
+        maps = [net.maxpool(net.relu(net.bn1(net.conv1(images))))]
+        for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+            if not isinstance(stage, nn.Identity):
+                maps.append(stage(maps[-1]))
+        kept = zip(maps[-len(self.grids) :], self.grids, strict=True)
+        return torch.cat([normalize(F.adaptive_avg_pool2d(map_, grid).flatten(1)) for map_, grid in kept], dim=1)
+
+
+def _planes(width: float) -> list[int]:
+    """Channels of the four stages of basic blocks."""
+    return [max(8, round(64 * width * 2**stage / 8) * 8) for stage in range(4)]
 
 
 def _standardized(images: Tensor) -> Tensor:
@@ -141,7 +165,7 @@ def _build(name: str, stem: str, width: float, in_channels: int, norm: str) -> t
     block, layers = _LAYERS[name]
     normalization = nn.BatchNorm2d if norm == "batch" else _group_norm
     net = torchvision.models.ResNet(block, (*layers, 1)[:4], norm_layer=normalization)
-    planes = [max(8, round(64 * width * 2**stage / 8) * 8) for stage in range(4)]
+    planes = _planes(width)
     kernel, stride, pools = _STEMS[stem]
     net.conv1 = nn.Conv2d(in_channels, planes[0], kernel, stride=stride, padding=kernel // 2, bias=False)
     if not pools:

@@ -30,11 +30,12 @@ from embedlab.data.sources import Source, nothing_at
 from embedlab.data.views import FixedViews, color_statistics
 from embedlab.encoders.backbones import Pixels, ResNet, TimmBackbone
 from embedlab.encoders.heads import LinearHead, MLPHead, connect
+from embedlab.encoders.whitening import Whitening
 
 log = logging.getLogger("embedlab")
 
 FORMAT = "embedlab-encoder"
-FORMAT_VERSION = 2  # written where there are test-time views; without them version 1, which older ones read too
+FORMAT_VERSION = 3  # 3 has a whitening, 2 test-time views; the lowest that will do is written, for older readers
 _ARCHITECTURES: dict[str, type[nn.Module]] = {
     kind.__name__: kind for kind in (ResNet, TimmBackbone, Pixels, MLPHead, LinearHead)
 }
@@ -59,6 +60,7 @@ class Encoder(nn.Module):
         test_views: Views of each image whose unit vectors are averaged, or their settings; None takes the image alone.
         identities: Hashes (`identity_hash`) of the labels that the weights were trained on; they are saved along but
             are no part of the fingerprint.
+        whitening: Applied to the embedding, which is then brought to unit length again; see `Whitening.fit`.
 
     Shape: images (B, C, H, W), uint8 or float in [0, 1], to (B, D) float32 of unit length.
 
@@ -84,11 +86,18 @@ class Encoder(nn.Module):
         fit: Fit = "crop",
         test_views: FixedViews | Mapping[str, Any] | None = None,
         identities: Collection[str] = (),
+        whitening: Whitening | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.dim = connect(backbone, head)
+        if whitening is not None and whitening.config["features"] != self.dim:
+            raise ValueError(
+                f"The whitening was fitted to vectors of {whitening.config['features']} numbers, the encoder gives "
+                f"{self.dim}; fit it to this encoder's own embeddings."
+            )
+        self.whitening = whitening
         self.image_size = image_size
         self.channels: int = channels or getattr(backbone, "in_channels", 3)  # type: ignore[assignment]
         self.fit: Fit = fit
@@ -144,10 +153,11 @@ class Encoder(nn.Module):
             embeddings = self.head(embeddings)
         if self.grids is not None:
             embeddings = normalize(embeddings).view(len(self.grids), -1, self.dim).mean(dim=0)
-        return normalize(embeddings)
+        embeddings = normalize(embeddings)
+        return embeddings if self.whitening is None else normalize(self.whitening(embeddings))
 
     def untrained(self, images: Tensor | None = None, *, seed: int = 0) -> Encoder:
-        """The same architecture and preprocessing with fresh random weights: a baseline.
+        """The same architecture and preprocessing with fresh random weights and no whitening: a baseline.
 
         Args:
             images: (N, C, image_size, image_size) that set the running statistics of batch normalisation; without them
@@ -155,6 +165,7 @@ class Encoder(nn.Module):
             seed: Of the weights.
         """
         fresh = copy.deepcopy(self).train()
+        fresh.whitening = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for name, part in (("backbone", self.backbone), ("head", self.head)):
@@ -244,7 +255,7 @@ class Encoder(nn.Module):
         weights = save_tensors(state)
         description = {
             "format": FORMAT,
-            "version": 1 if self.test_views is None else FORMAT_VERSION,
+            "version": FORMAT_VERSION if self.whitening is not None else 2 if self.test_views is not None else 1,
             "digest": "0" * 32,
             "fingerprint": self.fingerprint,
             "dim": self.dim,
@@ -252,6 +263,8 @@ class Encoder(nn.Module):
             "preprocessing": self.preprocessing,
             "identities": sorted(self.identities),
         }
+        if self.whitening is not None:
+            description["whitening"] = self.whitening.config
         text = (json.dumps(description, indent=1) + "\n").encode()
         text = text.replace(b'"digest": "' + b"0" * 32, b'"digest": "' + _digest(text, weights).encode())
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -287,6 +300,7 @@ class Encoder(nn.Module):
             None if architecture["head"] is None else _construct(architecture["head"], head, "head", folder),
             **preprocessing,
             identities=description.get("identities", ()),
+            whitening=Whitening(**description["whitening"]) if "whitening" in description else None,
         )
         try:
             encoder.load_state_dict(load_tensors(weights))

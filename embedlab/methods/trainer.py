@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ProgressBar
@@ -18,8 +19,12 @@ from tqdm import tqdm
 from embedlab._types import Batch
 from embedlab.data.embedding import identity_hash
 from embedlab.data.module import ImageData
-from embedlab.encoders import Encoder
+from embedlab.encoders import Encoder, ResNet, Whitening
 from embedlab.methods.base import Method
+
+log = logging.getLogger("embedlab")
+
+_MANY = 10_000  # images that tell how embeddings scatter
 
 # Advice that does not apply: our batches are decoded already, our samplers share data among ranks themselves
 _NOISE = (
@@ -184,15 +189,68 @@ class ViewSizes(pl.Callback):
         data.view_size = self.sizes[max(begun)] if begun else data.image_size
 
 
-def trained_encoder(method: Method, data: ImageData) -> Encoder:
-    """The network that a method has trained, with the data's preprocessing and the identities that its labels named."""
+def trained_encoder(method: Method, data: ImageData, *, pool: int | list[int] | None = None) -> Encoder:
+    """The network that a method has trained, with the data's preprocessing and the identities that its labels named.
+
+    Args:
+        method: After training.
+        data: Set up.
+        pool: Features that the `ResNet` gives from now on, with the same weights; None leaves it as it was trained.
+    """
     seen = data.class_names[: data.num_classes] if method.uses_labels else []
     return Encoder(
-        method.backbone,
+        method.backbone if pool is None else _repooled(method, pool),
         method.embedding_head,
         identities=method.identities | {identity_hash(label) for label in seen},
         **data.preprocessing,  # type: ignore[arg-type]
     )
+
+
+def _repooled(method: Method, pool: int | list[int]) -> ResNet:
+    """The method's network with its weights and other features."""
+    trained, head = method.backbone, method.embedding_head
+    if not isinstance(trained, ResNet) or head is not None:
+        kept = "" if head is None else f" and a {type(head).__name__} after it"
+        raise ValueError(
+            "encoder.pool changes the features of a ResNet that has no head in the encoder, got "
+            f"{type(trained).__name__}{kept}. Set model.init_args.keep_head to false, or leave it out."
+        )
+    backbone = ResNet(**trained.config | {"pool": pool})
+    backbone.load_state_dict(trained.state_dict())
+    return backbone
+
+
+def training_whitening(encoder: Encoder, method: Method, data: ImageData, power: float, **options: Any) -> Whitening:
+    """The scatter of training images, around each label's mean if the method was trained with labels.
+
+    Args:
+        encoder: What `trained_encoder` gave.
+        method: As there.
+        data: As there; of many images at most 10,000 are embedded, evenly from all classes.
+        power: See `Whitening.fit`.
+        options: Of `Encoder.embed`.
+
+    Raises:
+        ValueError: See `Whitening.fit`.
+    """
+    assert data.source is not None
+    rows = data.dataset("train").rows
+    labels = np.asarray(data.source.labels, dtype=object)[rows] if method.uses_labels else None
+    some = data.source.subset(rows[_evenly(labels, len(rows), data.seed)].tolist())
+    found = encoder.embed(some, on_error=data.on_error, **options)
+    return Whitening.fit(found.vectors, None if labels is None else found.labels, power=power)
+
+
+def _evenly(labels: np.ndarray | None, count: int, seed: int) -> np.ndarray:
+    """At most _MANY of these rows: as many of each label as fit, two at least, then of as many labels as fit."""
+    drawn = np.random.default_rng([seed, 2]).permutation(count)
+    if labels is not None and count > _MANY:
+        _, numbers = np.unique(labels[drawn], return_inverse=True)
+        order = np.argsort(numbers, kind="stable")
+        starts = np.searchsorted(numbers[order], numbers[order])
+        each = max(2, _MANY // (int(numbers.max()) + 1))
+        drawn = drawn[order[np.arange(count) - starts < each]]
+    return np.sort(drawn[:_MANY])
 
 
 class SaveEncoder(pl.Callback):
@@ -200,15 +258,40 @@ class SaveEncoder(pl.Callback):
 
     Args:
         folder: Where to; None takes `encoder` in the trainer's default_root_dir.
+        pool: Another `pool` of the `ResNet` than it was trained with, such as [2, 1]: features of an earlier stage,
+            trained through the last one alone, beside the last one's. The head must not be kept.
+        whiten: Power of the whitening by the training images that the encoder ends with, see `Whitening.fit`: 1 for a
+            method trained with labels, 0.5 for one without are good first values. None leaves it out.
     """
 
-    def __init__(self, folder: str | Path | None = None) -> None:
+    def __init__(
+        self, folder: str | Path | None = None, *, pool: int | list[int] | None = None, whiten: float | None = None
+    ) -> None:
+        if whiten is not None and not 0 <= whiten <= 1:
+            raise ValueError(f"SaveEncoder takes whiten in [0, 1] or None, got {whiten}; 1 whitens wholly.")
         self.folder = folder
+        self.pool = pool
+        self.whiten = whiten
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Say before the training what could not be done after it."""
+        if self.pool is not None and isinstance(pl_module, Method):
+            _repooled(pl_module, self.pool)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save once, from the first process."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero or not isinstance(pl_module, Method) or not isinstance(data, ImageData):
             return
-        encoder = trained_encoder(pl_module, data)
-        encoder.save(self.folder or Path(trainer.default_root_dir) / "encoder")
+        folder = self.folder or Path(trainer.default_root_dir) / "encoder"
+        encoder = trained_encoder(pl_module, data, pool=self.pool).to(pl_module.device)
+        encoder.save(folder)  # whatever becomes of the rest
+        if self.whiten is None:
+            return
+        precision = "bfloat16" if "bf16" in str(trainer.precision) else "float32"
+        try:
+            encoder.whitening = training_whitening(encoder, pl_module, data, self.whiten, precision=precision)
+        except ValueError as error:
+            log.warning("%s stays without its whitening. %s", folder, error)
+        else:
+            encoder.save(folder)

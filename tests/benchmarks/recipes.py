@@ -31,7 +31,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from embedlab._ops import normalize
 from embedlab._types import Embeddings
 from embedlab.cli import main as embedlab
 from embedlab.data import Source, folds_by_class, open_source, split_by_group, write_split
-from embedlab.encoders import Encoder, Pixels
+from embedlab.encoders import Encoder, Pixels, Whitening
 from embedlab.metrics import (
     PairSample,
     average_precision,
@@ -70,6 +71,7 @@ PML = [
 ]
 RESAMPLES = 1000
 OURS, THEIRS, UNTRAINED, RAW = "recipe", "with pytorch-metric-learning's loss", "untrained network", "raw pixels"
+WHITENED = "raw pixels, whitened"
 
 
 @dataclass
@@ -215,6 +217,14 @@ class Pictures:
             kept.with_suffix(".part.npy").rename(kept)
         return Embeddings(np.load(kept), self.source.labels, np.arange(len(self.source)), self.source.names)
 
+    def whitened(self, found: Embeddings, training: Source) -> Embeddings:
+        """By the images that are trained on, and their labels."""
+        seen = np.array(training.names)[np.array(training.column("split")) == "train"]
+        rows = np.flatnonzero(np.isin(self.source.names, seen))
+        whitening = Whitening.fit(found.vectors[rows], np.array(found.labels)[rows])
+        moved = [normalize(whitening(normalize(part))) for part in torch.from_numpy(found.vectors).split(500)]
+        return replace(found, vectors=torch.cat(moved).numpy())
+
     def baselines(self, like: Encoder, seed: int) -> dict[str, Encoder]:
         """An untrained network of the same kind, its batch statistics from training images; and no network at all."""
         rows = np.flatnonzero(self.roles == "train")
@@ -241,7 +251,9 @@ def encoders(
         for kind, encoder in pictures.baselines(ours, seed).items():
             if kind != RAW or kind not in found:
                 found.setdefault(kind, []).append(pictures.vectors(encoder))
-    order = [kind for kind in (OURS, THEIRS, UNTRAINED, RAW) if kind in found]
+    if ours.whitening is not None:  # how much of it is linear
+        found[WHITENED] = [pictures.whitened(found[RAW][0], open_source(manifest))]
+    order = [kind for kind in (OURS, THEIRS, UNTRAINED, RAW, WHITENED) if kind in found]
     return {kind: found[kind] for kind in order}, {kind: seconds.get(kind, []) for kind in order}
 
 
