@@ -56,7 +56,7 @@ def test_faces_over_folds_seeds_and_baselines(few_draws, tmp_path, capsys, monke
             draw(tmp_path / "data" / f"p{person}" / f"{number}.png", colour, random)
     options = ["--seeds", "0", "1", "--peer-seeds", "0", "--templates", "1", "--folds", "3"]
     one, pooled = run(capsys, tmp_path, "faces", *options, *FEW)
-    assert list(pooled.rows) == [recipes.OURS, recipes.UNTRAINED, recipes.RAW]
+    assert list(pooled.rows) == [recipes.OURS, recipes.UNTRAINED, recipes.RAW, recipes.WHITENED]
     assert len(pooled.rows[recipes.OURS]["EER"].values) == 2
     assert len(pooled.rows[recipes.RAW]["EER"].values) == 1
     for figure in (one.rows[recipes.OURS]["recall@1"], pooled.rows[recipes.OURS]["detection at FPIR 10 %"]):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -221,4 +222,10 @@ def test_a_recipe_asks_for_it(tmp_path) -> None:
         "encoder: {whiten: 0.5}\n"
     )
     assert main(["fit", "-c", str(recipe), "--run", str(tmp_path / "run")]) == 0
-    assert Encoder.load(tmp_path / "run" / "encoder").whitening is not None
+    first = Encoder.load(tmp_path / "run" / "encoder")
+    assert first.whitening is not None
+    shutil.rmtree(tmp_path / "run" / "encoder")  # as if it had been killed between its last step and this
+    assert main(["fit", "--run", str(tmp_path / "run"), "--resume"]) == 0
+    assert Encoder.load(tmp_path / "run" / "encoder").fingerprint == first.fingerprint
+    assert main(["fit", "--run", str(tmp_path / "run"), "--resume", "--encoder.whiten=1"]) == 0
+    assert Encoder.load(tmp_path / "run" / "encoder").fingerprint != first.fingerprint

@@ -272,14 +272,28 @@ class SaveEncoder(pl.Callback):
         self.folder = folder
         self.pool = pool
         self.whiten = whiten
+        self._saved = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Say before the training what could not be done after it."""
         if self.pool is not None and isinstance(pl_module, Method):
             _repooled(pl_module, self.pool)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Nothing is saved yet."""
+        self._saved = False
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save once, from the first process."""
+        self._save(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run that was resumed after its last step has no end of training; it may have died before it was saved."""
+        if not self._saved:
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved = True
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero or not isinstance(pl_module, Method) or not isinstance(data, ImageData):
             return
@@ -288,9 +302,12 @@ class SaveEncoder(pl.Callback):
         encoder.save(folder)  # whatever becomes of the rest
         if self.whiten is None:
             return
-        precision = "bfloat16" if "bf16" in str(trainer.precision) else "float32"
+        options = {
+            "precision": "bfloat16" if "bf16" in str(trainer.precision) else "float32",
+            "progress": trainer.progress_bar_callback is not None,
+        }
         try:
-            encoder.whitening = training_whitening(encoder, pl_module, data, self.whiten, precision=precision)
+            encoder.whitening = training_whitening(encoder, pl_module, data, self.whiten, **options)
         except ValueError as error:
             log.warning("%s stays without its whitening. %s", folder, error)
         else:
