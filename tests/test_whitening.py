@@ -192,18 +192,18 @@ def test_a_run_may_end_with_the_features_of_earlier_stages(tmp_path) -> None:
         trainer(tmp_path, callbacks=[SaveEncoder(pool=0)]).fit(method, datamodule=data())
 
 
-def test_of_many_images_some_of_every_class_are_taken(monkeypatch) -> None:
-    monkeypatch.setattr("embedlab.methods.trainer._MANY", 100)
+def test_of_many_images_some_of_every_class_are_taken() -> None:
     labels = np.array(["big"] * 500 + ["small"] * 7 + ["middle"] * 50, dtype=object)
-    counts = dict(zip(*np.unique(labels[_evenly(labels, len(labels), 0)], return_counts=True), strict=True))
+    counts = dict(zip(*np.unique(labels[_evenly(labels, len(labels), 100, seed=0)], return_counts=True), strict=True))
     assert counts == {"big": 33, "small": 7, "middle": 33}
     many = np.repeat([f"{number}" for number in range(300)], 3).astype(object)
-    chosen = many[_evenly(many, len(many), 0)]
+    chosen = many[_evenly(many, len(many), 100, seed=0)]
     _, counts = np.unique(chosen, return_counts=True)
     assert (len(chosen), counts.max()) == (100, 2)
+    assert 100 < np.median([int(label) for label in chosen]) < 200, "labels from the whole alphabet"
     assert (counts == 2).mean() > 0.9, "a class with one image tells nothing"
-    assert len(_evenly(None, 1000, 0)) == 100
-    assert _evenly(labels[:60], 60, 0).tolist() == list(range(60))
+    assert len(_evenly(None, 1000, 100, seed=0)) == 100
+    assert _evenly(labels[:60], 60, 100, seed=0).tolist() == list(range(60))
 
 
 def test_a_recipe_asks_for_it(tmp_path) -> None:

@@ -25,6 +25,7 @@ from embedlab.methods.base import Method
 log = logging.getLogger("embedlab")
 
 _MANY = 10_000  # images that tell how embeddings scatter
+_NUMBERS = 50_000_000  # in all of their embeddings: 400 MB of float64
 
 # Advice that does not apply: our batches are decoded already, our samplers share data among ranks themselves
 _NOISE = (
@@ -226,7 +227,8 @@ def training_whitening(encoder: Encoder, method: Method, data: ImageData, power:
     Args:
         encoder: What `trained_encoder` gave.
         method: As there.
-        data: As there; of many images at most 10,000 are embedded, evenly from all classes.
+        data: As there; of many images at most 10,000 are embedded (fewer of more than 5,000 numbers each), evenly from
+            all classes.
         power: See `Whitening.fit`.
         options: Of `Encoder.embed`.
 
@@ -236,21 +238,26 @@ def training_whitening(encoder: Encoder, method: Method, data: ImageData, power:
     assert data.source is not None
     rows = data.dataset("train").rows
     labels = np.asarray(data.source.labels, dtype=object)[rows] if method.uses_labels else None
-    some = data.source.subset(rows[_evenly(labels, len(rows), data.seed)].tolist())
+    most = min(_MANY, _NUMBERS // encoder.dim)
+    some = data.source.subset(rows[_evenly(labels, len(rows), most, seed=data.seed)].tolist())
     found = encoder.embed(some, on_error=data.on_error, **options)
     return Whitening.fit(found.vectors, None if labels is None else found.labels, power=power)
 
 
-def _evenly(labels: np.ndarray | None, count: int, seed: int) -> np.ndarray:
-    """At most _MANY of these rows: as many of each label as fit, two at least, then of as many labels as fit."""
-    drawn = np.random.default_rng([seed, 2]).permutation(count)
-    if labels is not None and count > _MANY:
+def _evenly(labels: np.ndarray | None, count: int, most: int, *, seed: int) -> np.ndarray:
+    """At most so many of these rows: as many of each label as fit, two at least, then of as many labels as fit."""
+    random = np.random.default_rng([seed, 2])
+    drawn = random.permutation(count)
+    if labels is not None and count > most:
         _, numbers = np.unique(labels[drawn], return_inverse=True)
+        numbers = random.permutation(int(numbers.max()) + 1)[
+            numbers
+        ]  # which labels fit is not a matter of the alphabet
         order = np.argsort(numbers, kind="stable")
         starts = np.searchsorted(numbers[order], numbers[order])
-        each = max(2, _MANY // (int(numbers.max()) + 1))
+        each = max(2, most // (int(numbers.max()) + 1))
         drawn = drawn[order[np.arange(count) - starts < each]]
-    return np.sort(drawn[:_MANY])
+    return np.sort(drawn[:most])
 
 
 class SaveEncoder(pl.Callback):
