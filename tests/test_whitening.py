@@ -70,6 +70,7 @@ def test_within_class_scatter_is_what_gets_small() -> None:
     [
         (np.ones((1, 3)), None, 1, r"N >= 2, and labels for all or none; got \(1, 3\), labels none"),
         (np.ones((4, 3)), ["a"], 1, r"got \(4, 3\), labels 1"),
+        (np.ones(4), None, 1, r"got \(4,\), labels none"),
         (np.eye(4), None, 2, r"a power in \[0, 1\], got 2"),
         (np.full((4, 3), np.nan), None, 1, "got NaN or infinity; has the training diverged"),
         (np.eye(4), list("abcd"), 1, "needs two vectors of one label, but each of 4 labels has one"),

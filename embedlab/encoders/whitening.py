@@ -59,12 +59,13 @@ class Whitening(nn.Module):
             ValueError: Values that are not finite, fewer than two vectors or labels of another number, no label with
                 two of them, vectors that are all alike, or another power.
         """
-        rows = normalize(torch.as_tensor(vectors).double()).numpy()
-        if rows.ndim != 2 or len(rows) < 2 or (labels is not None and len(labels) != len(rows)):
-            told = "none" if labels is None else len(labels)
+        given = torch.as_tensor(vectors).detach().cpu().double()
+        if given.ndim != 2 or len(given) < 2 or (labels is not None and len(labels) != len(given)):
+            shape, told = tuple(given.shape), "none" if labels is None else len(labels)
             raise ValueError(
-                f"Whitening needs (N, D) vectors, N >= 2, and labels for all or none; got {rows.shape}, labels {told}."
+                f"Whitening needs (N, D) vectors, N >= 2, and labels for all or none; got {shape}, labels {told}."
             )
+        rows = normalize(given).numpy()
         if not 0 <= power <= 1:
             raise ValueError(f"Whitening needs a power in [0, 1], got {power}; 1 whitens wholly, 0.5 half the way.")
         if not np.isfinite(rows).all():

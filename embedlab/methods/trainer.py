@@ -250,9 +250,7 @@ def _evenly(labels: np.ndarray | None, count: int, most: int, *, seed: int) -> n
     drawn = random.permutation(count)
     if labels is not None and count > most:
         _, numbers = np.unique(labels[drawn], return_inverse=True)
-        numbers = random.permutation(int(numbers.max()) + 1)[
-            numbers
-        ]  # which labels fit is not a matter of the alphabet
+        numbers = random.permutation(int(numbers.max()) + 1)[numbers]  # which ones fit is no matter of the alphabet
         order = np.argsort(numbers, kind="stable")
         starts = np.searchsorted(numbers[order], numbers[order])
         each = max(2, most // (int(numbers.max()) + 1))
@@ -268,7 +266,7 @@ class SaveEncoder(pl.Callback):
         pool: Another `pool` of the `ResNet` than it was trained with, such as [2, 1]: features of an earlier stage,
             trained through the last one alone, beside the last one's. The head must not be kept.
         whiten: Power of the whitening by the training images that the encoder ends with, see `Whitening.fit`: 1 for a
-            method trained with labels, 0.5 for one without are good first values. None leaves it out.
+            method trained with labels, 0.75 for one without are good first values. None leaves it out.
     """
 
     def __init__(
