@@ -559,8 +559,7 @@ def test_the_open_set_trial_is_told_and_drawn(folder, tmp_path, capsys) -> None:
     assert set(found["capacity"]) == {"encoder"}
     assert "What it costs" in reader.text
     assert "Bad conditions" in reader.text
-    assert "encoder: mean recall@1" in reader.text
-    assert "raw pixels: mean recall@1" in reader.text
+    assert "Mean recall@1" in reader.text
 
 
 def test_stored_vectors_have_all_of_it(folder, tmp_path, capsys) -> None:
@@ -682,6 +681,10 @@ def test_a_browser_shows_it_and_asks_nobody(browser, reports, tmp_path, name, wi
         assert len(seen) > 2
         page.keyboard.press("Escape")
         assert not peek.is_visible()
+        page.get_by_label("Show a class").fill(label.upper())
+        left = page.locator("#map circle:not(.unwanted)")
+        assert 0 < left.count() < page.locator("#map circle").count()
+        assert set(left.evaluate_all("dots => dots.map(dot => dot.dataset.label)")) == {label}
     if width == 1280:
         page.pdf(path=tmp_path / "print.pdf", prefer_css_page_size=True, print_background=True)
         assert (tmp_path / "print.pdf").stat().st_size > 20_000

@@ -660,15 +660,18 @@ def _degraded(found: Sequence[Evaluation], drawn: int) -> Html:
         title = f"recall@1 of {one.name}" if drawn > 1 else "recall@1"
         axis = Axis(title, percent=True, low=0.0)
         charts.append(line_chart(lines, x=Axis("severity", low=0.0), y=axis, narrow=drawn > 1))
-    columns = [Column("Degradation")]
-    cells = [[name.replace("_", " ")] for name in found[0].figures["degraded"]["means"]]
-    for one in found:
-        means = one.figures["degraded"]["means"]
-        for figure, title in FIGURES.items():
-            if mean_of(means["all"], figure)[0] is not None:
-                columns.append(Column(f"{one.name}: mean {title}" if len(found) > 1 else f"Mean {title}", number=True))
-                for row, mean in zip(cells, means.values(), strict=True):
-                    row.append(_mean_cell(*mean_of(mean, figure)))
+    means = {one.name: one.figures["degraded"]["means"] for one in found}
+    figures = {
+        figure: f"Mean {title}"
+        for figure, title in FIGURES.items()
+        if mean_of(means[found[0].name]["all"], figure)[0] is not None
+    }
+    columns = [Column("Degradation"), Column("Encoder"), *(Column(title, number=True) for title in figures.values())]
+    cells = [
+        [name.replace("_", " "), subject, *(_mean_cell(*mean_of(by_kind[name], figure)) for figure in figures)]
+        for name in means[found[0].name]
+        for subject, by_kind in means.items()
+    ]
     return section(
         "Bad conditions",
         tag(
@@ -685,8 +688,8 @@ def _degraded(found: Sequence[Evaluation], drawn: int) -> Html:
     )
 
 
-def _mean_cell(value: float | None, interval: Interval) -> str:
-    return _percent(value) + (f" ({_range(interval)})" if interval is not None else "")
+def _mean_cell(value: float | None, interval: Interval) -> Html:
+    return joined(_percent(value), _small(_range(interval)))
 
 
 # ---- cost and protocol ---------------------------------------------------------------------------------------------

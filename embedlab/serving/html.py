@@ -125,11 +125,12 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Any]]) -> Html:
 
 
 def _cell(column: Column, value: Any) -> Html:
+    aligned = "number" if column.number else None
     if isinstance(value, Html):
-        return tag("td", value)
+        return tag("td", value, class_=aligned)
     shown = "-" if value is None else value if column.digits is None else f"{value:.{column.digits}f}"
     missing = "-1e9" if column.number else ""
-    return tag("td", shown, class_="number" if column.number else None, data_value=missing if value is None else value)
+    return tag("td", shown, class_=aligned, data_value=missing if value is None else value)
 
 
 def picture(content: bytes | None, label: str, *, title: str | None = None) -> Html:

@@ -1,14 +1,21 @@
-// Adds searching, sorting and looking closer to what reads well without: a field for each [data-search], a button in each
-// th[data-sort], the picture behind a point of each [data-map].
-for (const list of document.querySelectorAll("[data-search]")) {
+// Adds searching, sorting and looking closer to what reads well without: a field for each [data-search] and for the maps, a
+// button in each th[data-sort], the picture behind a point of each [data-map].
+const search = (place, title, found) => { // found(text) tells whether a name is wanted
   const field = document.createElement("input");
-  field.type = "search"; field.placeholder = list.dataset.search; field.setAttribute("aria-label", list.dataset.search);
+  field.type = "search"; field.placeholder = title; field.setAttribute("aria-label", title);
   field.addEventListener("input", () => {
     const wanted = field.value.trim().toLowerCase();
-    for (const item of list.children) item.hidden = !(item.dataset.name || "").toLowerCase().includes(wanted);
+    found(name => (name || "").toLowerCase().includes(wanted));
   });
-  list.before(field);
-}
+  place.before(field);
+};
+for (const list of document.querySelectorAll("[data-search]")) search(list, list.dataset.search, wanted => {
+  for (const item of list.children) item.hidden = !wanted(item.dataset.name);
+});
+const dots = document.querySelectorAll("[data-map] circle");
+if (dots.length) search(document.querySelector("[data-map]"), "Show a class", wanted => {
+  for (const dot of dots) dot.classList.toggle("unwanted", !wanted(dot.dataset.label));
+});
 for (const head of document.querySelectorAll("th[data-sort]")) {
   const button = document.createElement("button");
   button.append(...head.childNodes); head.append(button);
