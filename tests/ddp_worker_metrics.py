@@ -50,6 +50,39 @@ def figures(vectors, labels, groups, *, over_ranks=False, state=None) -> dict:
     return {**found, **report.values, **report.per_query, **pairs.to_dict(), **many}
 
 
+def failures(rank: int, folder: str) -> dict[str, str]:
+    """What every rank is told where rank 1 alone cannot go on, by what was tried."""
+    vectors, labels, _ = samples()
+    good = metrics.recall_at_k(vectors, labels, over_ranks=True)
+    if rank == 1:
+        vectors[3] = np.nan
+    state = Path(folder) / ("damaged" if rank == 1 else f"sound-{rank}")
+    (Path(folder) / "damaged-2-of-2").write_bytes(b"?")
+    (Path(folder) / "damaged-2-of-3").write_bytes(b"?")
+    attempts = {name: partial(metric, vectors, labels) for name, metric in METRICS.items()}
+    attempts |= {
+        "report": partial(metrics.retrieval_report, vectors, labels),
+        "hits": partial(metrics.knn_hits, vectors, labels),
+        "pairs": partial(metrics.verification_report, vectors, labels),
+        "depth": partial(metrics.recall_at_k, *samples()[:2], k=1 - rank % 2),
+        "state": partial(metrics.retrieval_report, *samples()[:2], state=state),
+        "far": partial(metrics.verification_report, *samples()[:2], far=[0.1, 0.2 + rank]),
+        "depths": partial(metrics.retrieval_report, *samples()[:2], k=[1 + rank, 5]),
+        "no such argument": partial(metrics.recall_at_k, *samples()[:2], **({"depth": 1} if rank == 1 else {})),
+    }
+    attempts = {name: partial(attempt, over_ranks=True) for name, attempt in attempts.items()}
+    attempts["ragged"] = partial(metrics.each_sample_once, [0, 1], [[1, 2], [3]] if rank == 1 else [[1], [2]])
+    told = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except ValueError as error:
+            told[name] = str(error)
+    vectors[:] = samples()[0]
+    assert metrics.recall_at_k(vectors, labels, over_ranks=True) == good, "the ranks are out of step"
+    return told
+
+
 def run(rank: int, folder: str) -> None:
     """Three processes, then two of them: collect, share out, and what is refused is refused on all of them."""
     torch.set_num_threads(1)
@@ -85,8 +118,7 @@ def run(rank: int, folder: str) -> None:
                 attempt()
             except ValueError as error:
                 refused.append(str(error))
-        torch.save(
-            {"index": found.tolist(), "figures": results, "refused": refused}, Path(folder) / f"found-{world}-{rank}"
-        )
+        everyone = {"index": found.tolist(), "figures": results, "refused": refused, "failed": failures(rank, folder)}
+        torch.save(everyone, Path(folder) / f"found-{world}-{rank}")
         dist.barrier()
         dist.destroy_process_group()

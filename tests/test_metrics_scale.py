@@ -1,5 +1,6 @@
 """Evaluation at scale: what is fast, bounded or resumable gives what is slow, whole and unbroken."""
 
+import re
 import time
 import tracemalloc
 
@@ -464,6 +465,20 @@ def test_ranks_share_the_work_and_find_what_one_process_does(tmp_path):
             assert all("differ: own rows of each rank? Collect them first" in text for text in (different, *rest[:2]))
             assert "index has 2 entries for 3 rows on rank 1" in rest[2]
             assert "do not go together: float64 (2,), float64 (3,)" in rest[3]
+            failed = found["failed"]
+            told = {
+                **dict.fromkeys([*worker.METRICS, "report", "hits", "pairs"], "row 3 is NaN or infinite"),
+                "depth": "k to be a whole number of at least 1, got 0",
+                "state": f"damaged-2-of-{world} is not a readable state file",
+                "no such argument": "TypeError.*unexpected keyword argument 'depth'",
+                "ragged": "rows of different lengths",
+            }
+            for name, text in told.items():
+                assert re.search(
+                    f"^Not all of {world} ranks can go on, so that none does; rank 1: .*{text}", failed[name]
+                )
+            assert all("and settings on every rank, and they differ" in failed[name] for name in ("far", "depths"))
+            assert len(failed) == len(told) + 2
         assert sorted(path.name for path in tmp_path.glob(f"state-{world}*")) == [
             f"state-{world}-{rank + 1}-of-{world}" for rank in range(world)
         ]

@@ -30,7 +30,9 @@ def each_sample_once(index: Any, *arrays: Any) -> tuple[Array, ...]:
         >>> index.tolist(), labels.tolist()
         ([2, 4], [8, 7])
     """
-    everyone = Share(over_ranks=True).collect([as_array(part) for part in (index, *arrays)])
+    share = Share(over_ranks=True)
+    with share.together():
+        everyone = share.collect([as_array(part) for part in (index, *arrays)])
     for rank, parts in enumerate(everyone):
         for part in parts[1:]:
             if len(part) != len(parts[0]):

@@ -17,6 +17,7 @@ import numpy as np
 from embedlab.metrics._arrays import Booleans, Floats, Integers
 from embedlab.metrics._progress import Progress
 from embedlab.metrics._ranking import BUDGET, DECIMALS, ROWS, Matches, Problem, Rows, Search, blocks
+from embedlab.metrics._share import together
 from embedlab.metrics._threads import in_threads
 
 Empty = Literal["skip", "zero", "error"]
@@ -46,6 +47,7 @@ class RetrievalReport:
         return {**self.values, "queries": len(self.matches), "without_match": self.without_match, "empty": self.empty}
 
 
+@together
 def retrieval_report(
     query: Any,
     query_labels: Any,
@@ -98,6 +100,7 @@ def retrieval_report(
     )
 
 
+@together
 def recall_at_k(
     query: Any,
     query_labels: Any,
@@ -139,6 +142,7 @@ def recall_at_k(
     return _single(problem, partial(_recall, k=k), np.full(len(problem.query), k), empty)
 
 
+@together
 def precision_at_k(
     query: Any,
     query_labels: Any,
@@ -176,6 +180,7 @@ def precision_at_k(
     return _single(problem, partial(_precision, k=k), np.full(len(problem.query), k), empty)
 
 
+@together
 def r_precision(
     query: Any,
     query_labels: Any,
@@ -207,6 +212,7 @@ def r_precision(
     return _single(problem, _r_precision, problem.total, empty)
 
 
+@together
 def map_at_r(
     query: Any,
     query_labels: Any,
@@ -241,6 +247,7 @@ def map_at_r(
     return _single(problem, _map_at_r, problem.total, empty)
 
 
+@together
 def mean_average_precision(
     query: Any,
     query_labels: Any,
@@ -273,6 +280,7 @@ def mean_average_precision(
     return _single(problem, partial(_average_precision, k=depth), np.full(len(problem.query), depth), empty)
 
 
+@together
 def mean_reciprocal_rank(
     query: Any,
     query_labels: Any,
@@ -308,6 +316,7 @@ def mean_reciprocal_rank(
     return _single(problem, _reciprocal_rank, np.full(len(problem.query), depth), empty)
 
 
+@together
 def ndcg_at_k(
     query: Any,
     query_labels: Any,
@@ -346,6 +355,7 @@ def ndcg_at_k(
     return _single(problem, partial(_ndcg, k=depth), np.full(len(problem.query), depth), empty)
 
 
+@together
 def cmc(
     query: Any,
     query_labels: Any,
@@ -426,6 +436,7 @@ def knn_accuracy(
     return float(knn_hits(train, train_labels, test, test_labels, **settings).mean())
 
 
+@together
 def knn_hits(
     train: Any,
     train_labels: Any,
@@ -637,7 +648,7 @@ def _measure(
     """Evaluate per-query measures while streaming over the matches; (Q,) each, NaN for a skipped query."""
     values = {name: np.zeros(len(problem.query)) for name in measures}
     share, progress = problem.share, None
-    share.refuse_different(lambda: problem.digest(depth))
+    share.refuse_different(lambda: problem.digest(depth, np.array([empty, *measures])))
     if state is not None:
         mine = f"-{share.rank + 1}-of-{share.ranks}" if share.ranks > 1 else ""
         progress = Progress(Path(f"{state}{mine}"), values, problem.digest(depth) + mine, len(depth[share.mine]))

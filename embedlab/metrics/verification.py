@@ -24,7 +24,7 @@ from embedlab.metrics._arrays import (
 )
 from embedlab.metrics._pairs import PairCounts, Pairs
 from embedlab.metrics._ranking import Rows
-from embedlab.metrics._share import Share
+from embedlab.metrics._share import Share, together
 
 
 def roc_auc(scores: Any, same: Any) -> float:
@@ -261,6 +261,7 @@ class VerificationReport:
         return {name: value for name, value in asdict(self).items() if name != "curve"}
 
 
+@together
 def verification_report(
     embeddings: Any, labels: Any, *, far: Any = None, groups: Any = None, curve: int = 0, over_ranks: bool = False
 ) -> VerificationReport:
@@ -295,8 +296,8 @@ def verification_report(
     codes = _codes(labels, "labels", len(rows))
     several = [] if groups is None else groups if np.ndim(groups) == 2 else [groups]
     tracks = [_codes(group, "groups", len(rows)) for group in several]
-    share = Share(over_ranks=over_ranks)
-    share.refuse_different(lambda: digest(rows.values, codes, *tracks))
+    share, settings = Share(over_ranks=over_ranks), np.array([repr((as_array(far).tolist(), curve))])
+    share.refuse_different(lambda: digest(rows.values, codes, *tracks, settings))
     counts = Pairs(rows, codes, tracks, share).count(lambda coarse: _decisive(coarse, _targets(coarse, far)))
     targets = _targets(counts, far)
     false_accepts, accepts = _points(counts)
