@@ -235,6 +235,8 @@ def test_arrays_tensors_lists_and_strings_give_the_same(convert):
     assert metrics.map_at_r(np.round(vectors * 100).astype(np.int16), labels) == pytest.approx(want, abs=0.05)
     half = torch.from_numpy(vectors).bfloat16()
     assert metrics.map_at_r(half, labels) == metrics.map_at_r(half.float(), labels)
+    for rows in (list(half), list(half.float().requires_grad_()), [list(row) for row in half], tuple(half.to_sparse())):
+        assert metrics.map_at_r(rows, list(torch.as_tensor(labels))) == metrics.map_at_r(half.float(), labels)
     assert isinstance(want, float)
 
 
@@ -564,7 +566,10 @@ def test_wilson_interval_solves_its_own_equation():
         (lambda: metrics.bootstrap_interval([math.nan, 2.0], ["a", "b"]), "at least 2 that have a value, got 1"),
         (lambda: metrics.bootstrap_interval([1.0, 2.0], ["a"]), "identities has 1 entries for 2 rows"),
         (lambda: metrics.bootstrap_interval([1.0, 2.0], [0, 1], confidence=95), "between 0 and 1, got 95"),
-        (lambda: metrics.bootstrap_interval([1.0, 2.0], [0, 1], resamples=0), "resamples of at least 1"),
+        (
+            lambda: metrics.bootstrap_interval([1.0, 2.0], [0, 1], resamples=0),
+            "resamples to be a whole number of at least 1",
+        ),
         (lambda: metrics.wilson_interval(3, 2), "got 3 of 2"),
         (lambda: metrics.wilson_interval(0, 0), "got 0 of 0"),
     ],

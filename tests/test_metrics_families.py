@@ -283,6 +283,17 @@ def test_thresholds_are_taken_in_the_precision_of_each_map():
         assert metrics.ods(maps, masks, thresholds=[0.3]) == 1
 
 
+def test_a_whole_number_may_be_a_float():
+    scores, truth = [0.9, 0.3, 0.6], [1, 0, 0]
+    assert metrics.calibration_error(scores, truth, bins=5.0) == metrics.calibration_error(scores, truth, bins=5)
+    assert metrics.mean_iou([[0, 1]], [[1, 1]], classes=2.0) == metrics.mean_iou([[0, 1]], [[1, 1]], classes=2)
+    vectors, labels = [[1, 0], [9, 1], [0, 1], [1, 9]], ["a", "a", "b", "b"]
+    assert metrics.clustering_report(vectors, labels, clusters=2.0, restarts=2.0) == {"nmi": 1.0, "ari": 1.0}
+    assert metrics.bootstrap_interval([0, 1, 1, 0], labels, resamples=9.0) == metrics.bootstrap_interval(
+        [0, 1, 1, 0], labels, resamples=9
+    )
+
+
 def test_probabilities_in_bfloat16_are_probabilities():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(500, 100, generator=generator)
@@ -393,7 +404,9 @@ ONES = np.ones((2, 2), dtype=int)
         (lambda: metrics.calibration_error([2.5, -1.0], [1, 0]), "logits.*Apply the sigmoid or softmax first"),
         (lambda: metrics.calibration_error([[0.5, 0.6]], [1]), "adding up to 1.*sums 1.1"),
         (lambda: metrics.calibration_error([0.5], [2]), r"target must be 0 and 1.*got \[2\]"),
-        (lambda: metrics.calibration_error([0.5], [1], bins=0), "bins must be at least 1"),
+        (lambda: metrics.calibration_error([0.5], [1], bins=0), "bins must be a whole number of at least 1, got 0"),
+        (lambda: metrics.calibration_error([0.5], [1], bins="15"), "bins must be a whole number of at least 1, got 15"),
+        (lambda: metrics.calibration_error([0.5], [1], norm="l3"), "norm must be 'l1', 'l2' or 'max', got 'l3'"),
         (lambda: metrics.calibration_error([], []), r"at least one row, got shape \(0,\)"),
         (lambda: metrics.mean_iou(ONES, ONES[0], classes=2), r"shape \(2, 2\) for a target of \(2,\)"),
         (
@@ -404,6 +417,9 @@ ONES = np.ones((2, 2), dtype=int)
         (lambda: metrics.mean_iou([ONES], [ONES, ONES], classes=2), "as many targets as predictions, got 2 and 1"),
         (lambda: metrics.mean_iou(ONES, ONES, classes=2, ignore=1), "no pixel counts"),
         (lambda: metrics.dice(ONES, ONES, classes=0), "classes must be a whole number of at least 1, got 0"),
+        (lambda: metrics.dice(ONES, ONES, classes=math.nan), "classes must be a whole number of at least 1, got nan"),
+        (lambda: metrics.clustering_report(ONES, [0, 1], clusters=1.5), "clusters to be a whole number.*got 1.5"),
+        (lambda: metrics.clustering_report(ONES, [0, 1], clusters=3), "clusters between 1 and the 2 rows, got 3"),
         (
             lambda: metrics.ods([ONES * 3.0], [ONES]),
             "image 0: probabilities must lie in .0, 1., got 3.0.*sigmoid first",
@@ -521,7 +537,10 @@ def test_best_threshold_reaches_the_best_f_beta(kind, beta):
     ("function", "text"),
     [
         (lambda: metrics.bootstrap_statistic(len, ["a", "a"]), "needs at least 2, got 1"),
-        (lambda: metrics.bootstrap_statistic(len, ["a", "b"], resamples=0), "resamples of at least 1"),
+        (
+            lambda: metrics.bootstrap_statistic(len, ["a", "b"], resamples=0),
+            "resamples to be a whole number of at least 1",
+        ),
         (
             lambda: metrics.bootstrap_statistic(lambda rows: math.nan if 0 not in rows else 1.0, ["a", "b", "c"]),
             r"undefined in \d+ of 1000 draws of 3 identities: too few of them",

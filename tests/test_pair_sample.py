@@ -146,6 +146,37 @@ def test_one_kind_of_pair_is_refused() -> None:
         draw_pairs(["a", "b"], ["c", "d"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"far": [-1]}, r"far in \(0, 1\], got \[-1\]; it is a share"),
+        ({"far": [np.nan]}, r"far in \(0, 1\], got \[nan\]"),
+        ({"far": [0.2]}, "far=0.2 cannot be measured on 4 impostor pairs.*Use far >= 0.25"),
+        ({"resamples": 0}, "resamples to be a whole number of at least 1, got 0"),
+        ({"resamples": 2.5}, "resamples to be a whole number of at least 1, got 2.5"),
+        ({"scores": (np.ones(3), np.ones(4))}, "expected 2 genuine and 4 impostors, got 3 and 4"),
+        ({"scores": (np.ones(2), np.full(4, np.nan))}, r"scores\[1\]\[0\] is NaN"),
+    ],
+)
+def test_resamples_refuse_what_they_cannot_count(settings, text) -> None:
+    pairs = draw_pairs([0, 0, 1, 1])
+    scores = pairs.scores(np.eye(4) + 0.1)
+    assert verification_resamples(pairs, scores, far=[0.25], resamples=3.0)["auc"].shape == (3,)
+    with pytest.raises(ValueError, match=text):
+        verification_resamples(pairs, **({"scores": scores} | settings))
+
+
+def test_vectors_of_other_samples_than_the_pairs_are_refused() -> None:
+    within, across = draw_pairs([0, 0, 1, 1]), draw_pairs([0, 1, 1, 0], [0, 1])
+    for attempt in (
+        lambda: within.scores(np.ones((6, 2))),
+        lambda: across.scores(np.ones((4, 2))),
+        lambda: across.scores(np.ones((4, 2)), np.ones((2, 3))),
+    ):
+        with pytest.raises(ValueError, match="drawn among 4 queries and . rows to compare them with, got vectors"):
+            attempt()
+
+
 def test_two_encoders_share_their_draws() -> None:
     vectors, labels = data(80, 16)
     worse = vectors + np.random.default_rng(1).normal(size=vectors.shape).astype(np.float32)

@@ -1,6 +1,8 @@
 """What comes in: NumPy or torch, numbers or strings; what the metrics work on: checked NumPy arrays."""
 
 import hashlib
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,11 @@ def as_array(values: Any) -> Array:
         values = values.detach().cpu().to_dense()
         # NumPy has no bfloat16; every bfloat16 is a float32
         values = (values.float() if str(values.dtype) == "torch.bfloat16" else values).numpy()
+    first = values
+    while isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    if first is not values and hasattr(first, "detach"):  # NumPy takes neither bfloat16 nor gradients from a list
+        values = [as_array(value) for value in values]
     try:
         return np.asarray(values)
     except ValueError as error:
@@ -98,13 +105,21 @@ def encode_together(first: Array, second: Array, names: str) -> tuple[Integers, 
     return codes[: len(first)], codes[len(first) :], classes
 
 
+def as_count(value: Any, asked: str) -> int:
+    """A whole number of at least 1, as 3 or 3.0; `asked` begins the error, such as "classes must be"."""
+    number = float(value) if isinstance(value, numbers.Real) else math.nan
+    if not number.is_integer() or number < 1:
+        raise ValueError(f"{asked} a whole number of at least 1, got {value}.")
+    return int(number)
+
+
 def between(upper: float, lower: float) -> float:
     """A threshold that `upper` reaches and `lower` does not: their middle, or `upper` where there is none."""
     middle = float(upper) / 2 + float(lower) / 2
     return middle if lower < middle <= upper else float(upper)
 
 
-def allowed(rate: Any, count: int) -> Array:
+def allowed(rate: Any, count: float) -> Array:
     """The most of `count` that a rate allows: 0.29 of 100 allows 29, although 0.29 * 100 is 28.999999999999996."""
     product = np.asarray(rate, dtype=np.float64) * count
     return np.asarray(np.floor(product + 1e-9 + 4 * np.finfo(np.float64).eps * product))

@@ -11,6 +11,7 @@ from embedlab.metrics._arrays import (
     Floats,
     Integers,
     as_array,
+    as_count,
     as_flags,
     as_labels,
     as_scores,
@@ -249,8 +250,9 @@ def calibration_error(probabilities: Any, target: Any, *, bins: int = 15, norm: 
         >>> round(calibration_error([0.9, 0.9, 0.1, 0.1], [1, 1, 0, 0], bins=10), 3)
         0.1
     """
-    if int(bins) != bins or bins < 1 or norm not in get_args(Norm):
-        raise ValueError(f"bins must be at least 1 and norm 'l1', 'l2' or 'max', got {bins} and {norm!r}.")
+    bins = as_count(bins, "bins must be")
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm must be 'l1', 'l2' or 'max', got {norm!r}.")
     given = as_array(probabilities).astype(np.float64)
     if given.ndim not in (1, 2) or not given.size:
         raise ValueError(f"probabilities must be (N,) or (N, C) with at least one row, got shape {given.shape}.")

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from embedlab.metrics._arrays import Array, Floats, as_labels
+from embedlab.metrics._arrays import Array, Floats, as_count, as_labels
 from embedlab.metrics._ranking import Rows
 
 
@@ -76,7 +76,7 @@ def clustering_report(
         nmi and ari.
 
     Raises:
-        ValueError: Shapes that do not fit, a NaN or zero vector, clusters not between 1 and N.
+        ValueError: Shapes that do not fit, a NaN or zero vector, clusters not between 1 and N, restarts below 1.
 
     Example:
         >>> clustering_report([[1, 0], [9, 1], [0, 1], [1, 9]], ["a", "a", "b", "b"])
@@ -86,8 +86,9 @@ def clustering_report(
 
     rows = Rows(embeddings, "embeddings")
     truth = as_labels(labels, "labels", len(rows))
-    count = len(np.unique(truth)) if clusters is None else clusters
-    if not 1 <= count <= len(rows):
+    count = len(np.unique(truth)) if clusters is None else as_count(clusters, "clustering_report needs clusters to be")
+    restarts = as_count(restarts, "clustering_report needs restarts to be")
+    if count > len(rows):
         raise ValueError(f"clustering_report needs clusters between 1 and the {len(rows)} rows, got {count}.")
     unit = np.empty((len(rows), rows.dim), dtype=np.float32)
     for start in range(0, len(rows), 8192):

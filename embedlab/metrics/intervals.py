@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from embedlab.metrics._arrays import Floats, Integers, as_array, as_labels
+from embedlab.metrics._arrays import Floats, Integers, as_array, as_count, as_labels
 
 _BLOCK = 4 << 20  # numbers drawn at a time
 
@@ -32,7 +32,7 @@ def bootstrap_interval(
 
     Raises:
         ValueError: Lengths that do not fit, infinite values, fewer than two identities with a value, confidence
-            outside (0, 1).
+            outside (0, 1), resamples below 1.
 
     Example:
         >>> low, high = bootstrap_interval([1, 1, 0, 0, 1, 1], ["ann", "ann", "bob", "bob", "eve", "eve"])
@@ -66,8 +66,7 @@ def bootstrap_intervals(
         {'recall': (0.0, 1.0)}
     """
     tail = (1 - _checked_confidence(confidence)) / 2
-    if resamples < 1:
-        raise ValueError(f"bootstrap_interval needs resamples of at least 1, got {resamples}; 2000 is usual.")
+    resamples = as_count(resamples, "bootstrap_interval needs resamples to be")
     together: dict[bytes, dict[str, Floats]] = {}  # figures that leave out the same samples share their draws
     for name, given in values.items():
         samples = _finite(given, name)
@@ -129,7 +128,7 @@ def bootstrap_statistic(
 
     Raises:
         ValueError: Lengths that do not fit, fewer than two identities, a figure that is undefined on all rows or in
-            more than a tenth of the draws.
+            more than a tenth of the draws, resamples below 1.
 
     Example:
         >>> from embedlab.metrics import roc_auc
@@ -140,8 +139,7 @@ def bootstrap_statistic(
         (0.7777777777777778, 1.0)
     """
     tail = (1 - _checked_confidence(confidence)) / 2
-    if resamples < 1:
-        raise ValueError(f"bootstrap_statistic needs resamples of at least 1, got {resamples}; 1000 is usual.")
+    resamples = as_count(resamples, "bootstrap_statistic needs resamples to be")
     owners = as_labels(identities, "identities")
     found, codes = np.unique(owners, return_inverse=True)
     if len(found) < 2:

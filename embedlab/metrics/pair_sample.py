@@ -11,9 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from embedlab.metrics._arrays import Array, Booleans, Floats, Integers, as_labels, encode_together
+from embedlab.metrics._arrays import (
+    Array,
+    Booleans,
+    Floats,
+    Integers,
+    allowed,
+    as_count,
+    as_labels,
+    as_scores,
+    encode_together,
+)
 from embedlab.metrics._ranking import BUDGET, Rows
-from embedlab.metrics.verification import _equal_errors
+from embedlab.metrics.verification import _checked_targets, _equal_errors
 
 MOST = 300_000  # pairs of a kind
 LEVELS = 1024  # thresholds between which scores are not told apart in resamples
@@ -41,9 +51,24 @@ class PairSample:
     impostors_total: int
 
     def scores(self, query: Any, reference: Any = None) -> tuple[Floats, Floats]:
-        """Cosines of the genuine (G,) and the impostor (I,) pairs, in float64."""
+        """Cosines of the genuine (G,) and the impostor (I,) pairs, in float64.
+
+        Args:
+            query: (N, D) vectors, row by row those whose labels the pairs were drawn by.
+            reference: (M, D) vectors of the reference, where the pairs were drawn with one.
+
+        Raises:
+            ValueError: Another number of rows, two widths, a NaN or zero vector.
+        """
         left = Rows(query, "query")
         right = left if reference is None else Rows(reference, "reference")
+        rows, wanted = (len(left), len(right)), tuple(map(len, self.codes))
+        if rows != wanted or left.dim != right.dim:
+            raise ValueError(
+                f"The pairs were drawn among {wanted[0]} queries and {wanted[1]} rows to compare them with, got "
+                f"vectors {left.values.shape} and {right.values.shape}: other samples than those of the labels, or a "
+                "reference on one side only?"
+            )
         step = max(1, BUDGET // (32 * left.dim))
         found = []
         for pairs in (self.genuine, self.impostors):
@@ -235,12 +260,24 @@ def verification_resamples(
     Returns:
         auc, eer and tar_at_F for each F: (resamples,) each, NaN where a resample holds one kind of pair only.
 
+    Raises:
+        ValueError: Scores that are not one per pair, or NaN; a `far` outside (0, 1] or below one impostor pair in all
+            there are; resamples below 1.
+
     Example:
         >>> pairs = draw_pairs(["a", "a", "b", "b", "c", "c"])
         >>> scores = pairs.scores([[1, 0], [9, 1], [0, 1], [1, 9], [-1, 0], [-9, 1]])
         >>> float(np.nanmin(verification_resamples(pairs, scores, resamples=20)["auc"]))
         1.0
     """
+    rates = np.atleast_1d(_checked_targets(far, pairs.impostors_total, "verification_resamples")).tolist()
+    resamples = as_count(resamples, "verification_resamples needs resamples to be")
+    scores = (as_scores(scores[0], "scores[0]"), as_scores(scores[1], "scores[1]"))
+    if (found := tuple(map(len, scores))) != (wanted := (len(pairs.genuine), len(pairs.impostors))):
+        raise ValueError(
+            f"scores must be one per pair: expected {wanted[0]} genuine and {wanted[1]} impostors, got {found[0]} and "
+            f"{found[1]}; are they of PairSample.scores of these pairs?"
+        )
     codes = [
         np.stack([pairs.codes[0][part[:, 0]], pairs.codes[1][part[:, 1]]], axis=1)
         for part in (pairs.genuine, pairs.impostors)
@@ -256,7 +293,7 @@ def verification_resamples(
         weights = generator.multinomial(count, np.full(count, 1 / count), size=size).T.astype(np.float64)  # (C, R)
         genuine = tables[0][0] @ weights[tables[0][1][:, 0]]  # (T, R) by level, the highest first
         impostors = tables[1][0] @ (weights[tables[1][1][:, 0]] * weights[tables[1][1][:, 1]])
-        parts.append(_figures(genuine, impostors, far))
+        parts.append(_figures(genuine, impostors, rates))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -301,6 +338,6 @@ def _figures(genuine: Array, impostors: Array, far: Sequence[float]) -> dict[str
         found["auc"][column] = area
         found["eer"][column] = _equal_errors(misses, hits)
         for rate in far:
-            place = np.searchsorted(misses, rate * misses[-1] + 1e-9, side="right") - 1
+            place = np.searchsorted(misses, allowed(rate, misses[-1]), side="right") - 1
             found[f"tar_at_{rate:g}"][column] = hits[place] / hits[-1]
     return found

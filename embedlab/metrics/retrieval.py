@@ -4,8 +4,6 @@ All functions rank by cosine (vectors may have any norm) and share one signature
 `f(query, query_labels, reference=None, reference_labels=None, *, empty="skip", groups=None)`, some with `k`.
 """
 
-import math
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from embedlab.metrics._arrays import Booleans, Floats, Integers
+from embedlab.metrics._arrays import Booleans, Floats, Integers, as_count
 from embedlab.metrics._progress import Progress
 from embedlab.metrics._ranking import BUDGET, DECIMALS, ROWS, Matches, Problem, Rows, Search, blocks
 from embedlab.metrics._share import together
@@ -704,10 +702,7 @@ def _problem(
 
 
 def _checked_depth(k: Any, name: str) -> int:
-    number = float(k) if isinstance(k, numbers.Real) else math.nan
-    if not number.is_integer() or number < 1:
-        raise ValueError(f"{name} needs k to be a whole number of at least 1, got {k}.")
-    return int(number)
+    return as_count(k, f"{name} needs k to be")
 
 
 def _refuse_shallow(problem: Problem, k: int | None, name: str) -> None:

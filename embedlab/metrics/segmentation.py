@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from embedlab.metrics._arrays import Array, Booleans, Floats, Integers, as_array
+from embedlab.metrics._arrays import Array, Booleans, Floats, Integers, as_array, as_count
 
 
 def pixel_accuracy(prediction: Any, target: Any, *, classes: int, ignore: int | None = None) -> float:
@@ -230,8 +230,7 @@ def _ratio(part: Array, whole: Array, per_class: bool) -> float | Floats:
 
 def _counts(prediction: Any, target: Any, classes: int, ignore: int | None) -> Integers:
     """(C, C) pixels, row = truth, column = prediction, image by image."""
-    if int(classes) != classes or classes < 1:
-        raise ValueError(f"classes must be a whole number of at least 1, got {classes}.")
+    classes = as_count(classes, "classes must be")
     ragged = isinstance(prediction, (list, tuple)) and isinstance(target, (list, tuple))
     if ragged and len(prediction) != len(target):
         raise ValueError(f"as many targets as predictions, got {len(target)} and {len(prediction)}.")
