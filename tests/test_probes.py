@@ -1,6 +1,7 @@
 """Linear probe and the figures of an embedding's health against scikit-learn, SciPy and loops."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -198,6 +199,20 @@ def test_the_probe_reads_digits() -> None:
     standard = StandardScaler().fit(digits.data[:1200])
     oracle.fit(standard.transform(digits.data[:1200]), digits.target[:1200])
     assert accuracy >= oracle.score(standard.transform(digits.data[1200:]), digits.target[1200:]) - 0.01
+
+
+@pytest.mark.parametrize("strengths", [0.1, (1.0, 0.1)], ids=["one strength", "several"])
+def test_features_are_held_twice_and_those_given_stay_as_they_were(strengths) -> None:
+    generator = np.random.default_rng(0)
+    features, labels = generator.normal(size=(20_000, 64)), generator.integers(0, 3, 20_000)
+    before = features.copy()
+    tracemalloc.start()
+    probe = fit_linear_probe(features, labels, regularization=strengths, iterations=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.4 * features.nbytes
+    probe.predict(features)
+    np.testing.assert_array_equal(features, before)
 
 
 def test_constant_features_unseen_classes_and_single_rows() -> None:

@@ -35,13 +35,17 @@ class LinearProbe:
     regularization: float
 
     def predict(self, vectors: Any) -> Array:
-        """The most probable label of each row of (N, D); of equal ones the label that sorts first."""
+        """The most probable label of each row of (N, D); of equal ones the label that sorts first.
+
+        Raises:
+            ValueError: Not (N, D), another D than the probe was fitted on, NaN or infinity.
+        """
         features = _features(vectors, "vectors")
         if features.shape[1] != len(self.mean):
             raise ValueError(
                 f"The probe was fitted on {len(self.mean)} features, got {features.shape[1]}: another encoder?"
             )
-        logits = (features - self.mean) * self.scale @ self.weight + self.bias
+        logits = _standardise(features, self.mean, self.scale) @ self.weight + self.bias
         predicted: Array = self.classes[logits.argmax(axis=1)]
         return predicted
 
@@ -87,7 +91,7 @@ def fit_linear_probe(
     mean, deviation = features.mean(axis=0), features.std(axis=0)
     varies = deviation > 1e-10 * np.maximum(1.0, np.abs(mean))
     scale = np.where(varies, 1 / np.where(varies, deviation, 1.0), 0.0)
-    standard = (features - mean) * scale
+    standard = _standardise(features, mean, scale)
     chosen = _choose(standard, codes, len(classes), strengths, seed, iterations)
     weight, bias = _minimise(standard, codes, len(classes), chosen, iterations)
     return LinearProbe(classes, weight, bias, mean, scale, chosen)
@@ -131,6 +135,7 @@ def linear_probe_accuracy(
 
 
 def _features(values: Any, name: str) -> Floats:
+    """A copy in float64."""
     array = as_array(values)
     if array.ndim != 2 or array.dtype.kind not in "fiub" or 0 in array.shape:
         raise ValueError(f"{name} must be (N, D) numbers, got shape {array.shape} of {array.dtype}.")
@@ -141,6 +146,13 @@ def _features(values: Any, name: str) -> Floats:
     return features
 
 
+def _standardise(features: Floats, mean: Floats, scale: Floats) -> Floats:
+    """In place: features may fill half of the memory."""
+    features -= mean
+    features *= scale
+    return features
+
+
 def _choose(
     features: Floats, codes: Integers, classes: int, strengths: list[float], seed: int, iterations: int
 ) -> float:
@@ -148,10 +160,11 @@ def _choose(
     held = _held_out(codes, seed)
     if len(strengths) == 1 or not held.any():
         return strengths[0]
+    fitted, judged = features[~held], features[held]
     start, best = None, (-1, strengths[0])
     for strength in strengths:
-        start = _minimise(features[~held], codes[~held], classes, strength, iterations, start)
-        logits = features[held] @ start[0] + start[1]
+        start = _minimise(fitted, codes[~held], classes, strength, iterations, start)
+        logits = judged @ start[0] + start[1]
         right = int((logits.argmax(axis=1) == codes[held]).sum())
         if right > best[0]:
             best = (right, strength)
