@@ -765,8 +765,11 @@ def naive_matches_of_others(query, reference, labels, *, knn_k: int, temperature
 
 
 def naive_whitened(vectors, labels, power, images):
-    """Cosines of images whitened by the D x D covariance of vectors, shrunk by scikit-learn's Ledoit-Wolf estimator."""
-    from sklearn.covariance import LedoitWolf
+    """Cosines of images whitened by the D x D covariance of vectors, shrunk by scikit-learn's Ledoit-Wolf estimate.
+
+    The noise in a covariance falls with the vectors that are free around the means, where scikit-learn counts all.
+    """
+    from sklearn.covariance import ledoit_wolf_shrinkage
 
     unit = [np.array(v, dtype=float) / math.sqrt(sum(float(x) ** 2 for x in v)) for v in vectors]
     mean = sum(unit) / len(unit)
@@ -774,7 +777,11 @@ def naive_whitened(vectors, labels, power, images):
     for vector, label in zip(unit, labels or [0] * len(unit), strict=True):
         same = [u for u, other in zip(unit, labels or [0] * len(unit), strict=True) if other == label]
         rest.append(vector - sum(same) / len(same))
-    values, vectors = np.linalg.eigh(LedoitWolf(assume_centered=True).fit(np.array(rest)).covariance_)
+    rest, count = np.array(rest), len(unit)
+    shrinkage = min(1, ledoit_wolf_shrinkage(rest, assume_centered=True) * count / (count - len(set(labels or [0]))))
+    covariance = rest.T @ rest / count
+    average = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    values, vectors = np.linalg.eigh((1 - shrinkage) * covariance + shrinkage * average)
     root = vectors @ np.diag(values ** (-power / 2)) @ vectors.T
     moved = [root @ (np.array(v, dtype=float) / np.linalg.norm(v) - mean) for v in images]
     return np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in moved] for a in moved])

@@ -14,6 +14,7 @@ from test_methods import data, net, source, trainer
 from embedlab.cli import main
 from embedlab.data import FixedViews, Views
 from embedlab.encoders import Encoder, LinearHead, MLPHead, ResNet, Whitening
+from embedlab.encoders.whitening import _scatter
 from embedlab.methods import MetricLearning, SimCLR
 from embedlab.methods.trainer import SaveEncoder, _evenly
 
@@ -44,6 +45,19 @@ def test_cosines_are_those_of_the_dense_covariance(count, size, labelled, power)
     np.testing.assert_allclose(cosines(whitening(unit)), expected, atol=2e-5)
     again = Whitening.fit(torch.from_numpy(vectors) * 7, labels if labelled else None, power=power)
     np.testing.assert_allclose(cosines(again(unit)), expected, atol=2e-5)
+
+
+def test_pairs_of_a_label_are_shrunk_like_as_many_free_vectors() -> None:
+    """Two vectors around their mean say as much of the scatter as one around a known mean."""
+    random, spread = np.random.default_rng(0), np.linspace(0.5, 1.5, 12)
+    found = []
+    for _ in range(200):
+        pairs = spread * random.normal(size=(40, 2, 12))
+        around = (pairs - pairs.mean(axis=1, keepdims=True)).reshape(80, 12)
+        free = spread * random.normal(size=(40, 12))
+        found.append((_scatter(around, 40)[2], _scatter(free, 40)[2]))
+    paired, single = np.mean(found, axis=0)
+    assert paired == pytest.approx(single, rel=0.1)
 
 
 def test_within_class_scatter_is_what_gets_small() -> None:

@@ -48,7 +48,9 @@ class Whitening(nn.Module):
     def fit(
         cls, vectors: np.ndarray | Tensor, labels: Sequence[Any] | np.ndarray | None = None, *, power: float = 1.0
     ) -> Whitening:
-        """Measure mean and scatter; the covariance is shrunk as far as Ledoit and Wolf 2004 say for so many vectors.
+        """Measure mean and scatter; the covariance is shrunk as far as Ledoit and Wolf 2004 say.
+
+        As many vectors are counted as are free around the means: N less the labels, which is N - 1 without labels.
 
         Args:
             vectors: (N, D) embeddings of training images, of any length; never of those that are tested.
@@ -72,7 +74,8 @@ class Whitening(nn.Module):
             raise ValueError("Whitening needs finite vectors, got NaN or infinity; has the training diverged?")
         mean = rows.mean(axis=0)
         rest = rows - (mean if labels is None else _class_means(rows, np.asarray(labels)))
-        variances, basis, shrinkage = _scatter(rest)
+        free = len(rows) - (1 if labels is None else len(set(np.asarray(labels).tolist())))
+        variances, basis, shrinkage = _scatter(rest, free)
         average = float((rest**2).sum() / rest.size)
         if average < 1e-12:
             raise ValueError(
@@ -107,7 +110,7 @@ def _class_means(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return means
 
 
-def _scatter(rest: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def _scatter(rest: np.ndarray, free: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Variances along the principal directions (R,), these directions (R, D), and how far to shrink the variances."""
     count, size = rest.shape
     if size <= count:
@@ -117,8 +120,9 @@ def _scatter(rest: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
         _, singular, basis = np.linalg.svd(rest, full_matrices=False)
         known = singular > 1e-7 * singular[0]
         variances, basis = singular[known] ** 2 / count, basis[known]
+    # vectors that lie around means of their own count for fewer, which is all that differs from
     # Ledoit and Wolf 2004 (https://doi.org/10.1016/S0047-259X(03)00096-4), all of whose sums follow from the variances
     spread = float((variances**2).sum() - variances.sum() ** 2 / size)
-    noise = float(((rest**2).sum(axis=1) ** 2).mean() - (variances**2).sum()) / count
+    noise = float(((rest**2).sum(axis=1) ** 2).mean() - (variances**2).sum()) / free
     shrinkage = min(noise / spread, 1.0) if spread > 0 else 1.0
     return np.maximum(variances, 0.0), basis, max(shrinkage, _LEAST_SHRINKAGE)
