@@ -28,11 +28,12 @@ from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch import nn
 
+from embedlab._durable import write_file
 from embedlab._json import plain
 from embedlab.data import ImageData, Views
 from embedlab.data.splits import read_split
 from embedlab.methods import Method
-from embedlab.methods.checkpoints import Checkpoints, Guard, newest_valid, steps_of, write_file
+from embedlab.methods.checkpoints import Checkpoints, Guard, newest_valid, steps_of
 from embedlab.methods.trainer import SaveEncoder, StepBar, quiet
 from embedlab.retrieval.monitor import Monitor
 

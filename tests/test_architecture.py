@@ -10,7 +10,7 @@ import pytest
 import embedlab
 
 PACKAGE = Path(embedlab.__file__).parent
-EVERYWHERE = {"_json", "_lazy", "_machine", "_ops", "_types"}
+EVERYWHERE = {"_durable", "_json", "_lazy", "_machine", "_ops", "_types"}
 MAY_IMPORT = {
     "data": set(),
     "encoders": {"data"},

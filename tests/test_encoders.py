@@ -19,6 +19,7 @@ from embedlab.encoders import (
     TimmBackbone,
     Whitening,
     connect,
+    measure_capacity,
 )
 from embedlab.encoders.backbones import PretrainedUnavailableError
 
@@ -174,6 +175,25 @@ def test_embed_explains_arrays_that_do_not_fit() -> None:
         encoder.embed(pictures().transpose(0, 2, 3, 1))
     with pytest.raises(ValueError, match=r"Float images must lie in \[0, 1\], got \[0, 25\d\]; divide by 255"):
         encoder.embed(pictures().astype(np.float32))
+    with pytest.raises(
+        ValueError, match=r"as uint8 or as floats in \[0, 1\], got torch.int64; values in 0..255 are uint8"
+    ):
+        encoder(torch.from_numpy(pictures().astype(np.int64)))
+
+
+def test_another_precision_is_refused_rather_than_ignored() -> None:
+    for call in (small().embed, measure_capacity):
+        with pytest.raises(ValueError, match="precision float32 or bfloat16, got 'bf16'"):
+            call(pictures() if call is not measure_capacity else small(), precision="bf16")
+
+
+def test_embedding_leaves_every_part_in_the_mode_it_was_in() -> None:
+    encoder = small().train()
+    encoder.backbone.eval()  # frozen
+    before = [module.training for module in encoder.modules()]
+    encoder.embed(pictures())
+    assert [module.training for module in encoder.modules()] == before
+    assert encoder.training
 
 
 @pytest.mark.parametrize(("fit", "corner"), [("crop", 0), ("stretch", 0), ("pad", 255)])
@@ -200,6 +220,22 @@ def test_save_and_load_give_the_same_vectors_and_fingerprint(tmp_path) -> None:
     again.save(tmp_path / "a" / "encoder")  # replaces in one step
     assert Encoder.load(tmp_path / "a" / "encoder").fingerprint == again.fingerprint
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["encoder"]
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "exchange"])
+def test_a_save_that_fails_leaves_the_encoder_before(tmp_path, monkeypatch, call) -> None:
+    encoder = small()
+    encoder.save(tmp_path / "encoder")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"embedlab._durable.{call}", full)
+        with pytest.raises(OSError, match="No space left"):
+            small().save(tmp_path / "encoder")
+    assert Encoder.load(tmp_path / "encoder").fingerprint == encoder.fingerprint
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
 
 
 VIEWS = FixedViews(3, degrees=20, translate=0.1, elastic=0.02)

@@ -896,7 +896,7 @@ def test_a_backup_deletes_what_a_killed_one_left_and_nothing_in_use(gallery, tmp
     code = """if True:
         import os, signal, sys
         from pathlib import Path
-        from embedlab.retrieval._durable import new_folder
+        from embedlab._durable import new_folder
         with new_folder(Path(sys.argv[1])) as building:
             (building / "gallery.db").write_bytes(b"faces")
             print(building.name, flush=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from embedlab import Gallery
+from embedlab import Gallery, _durable
 from embedlab.cli import main
 from embedlab.data import open_source
 from embedlab.encoders import Encoder, Pixels
@@ -21,7 +21,6 @@ from embedlab.retrieval import (
     GalleryError,
     GalleryLocked,
     Recalibration,
-    _durable,
     migrate,
     migration,
     store,

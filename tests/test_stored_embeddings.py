@@ -93,9 +93,7 @@ def test_an_overwriting_that_fails_at_the_last_moment_puts_the_old_back(tmp_path
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    monkeypatch.setattr(
-        "embedlab.retrieval._durable._swapped", lambda *_: False
-    )  # as where the system has no such call
+    monkeypatch.setattr("embedlab._durable._swapped", lambda *_: False)  # as where the system has no such call
     with pytest.raises(OSError, match="Input/output error"):
         write_embeddings(tmp_path / "e", some(2), protocol={"run": 2}, overwrite=True)
     assert len(read_embeddings(tmp_path / "e")) == 5

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from embedlab._machine import processor_name
 from embedlab.data.images import available_cores
-from embedlab.encoders.encoder import Encoder
+from embedlab.encoders.encoder import Encoder, autocast
 
 
 class ExportedFile(Protocol):
@@ -262,7 +262,7 @@ def _network_speed(encoder: Encoder, batch: int, seconds: float, precision: str,
     images = _images(encoder, batch, place)
 
     def call() -> None:
-        with torch.autocast(place.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        with autocast(place.type, precision):
             encoder(images)
         if place.type != "cpu":
             torch.accelerator.synchronize(place)

@@ -6,10 +6,7 @@ import copy
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from embedlab._durable import new_folder
 from embedlab._ops import normalize
 from embedlab._types import Embeddings
 from embedlab.data.embedding import embed_images, identity_hash
@@ -63,6 +61,9 @@ class Encoder(nn.Module):
         whitening: Applied to the embedding, which is then brought to unit length again; see `Whitening.fit`.
 
     Shape: images (B, C, H, W), uint8 or float in [0, 1], to (B, D) float32 of unit length.
+
+    Raises:
+        ValueError: Images of another shape or type, or a whitening of vectors of another size.
 
     Example:
         >>> encoder = Encoder(ResNet("resnet10", stem="small", width=0.25), image_size=32).eval()
@@ -145,6 +146,11 @@ class Encoder(nn.Module):
                 f"Encoder takes images (B, {self.channels}, H, W), got {tuple(images.shape)}; channels come second, "
                 "and grey images have 1 channel."
             )
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(
+                f"Encoder takes images as uint8 or as floats in [0, 1], got {images.dtype}; values in 0..255 are "
+                "uint8: images.to(torch.uint8)."
+            )
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         if self.grids is not None and self.test_views is not None:
             images = _look(images, self.grids, self.test_views.pad)
@@ -218,6 +224,10 @@ class Encoder(nn.Module):
 
         Returns:
             Embeddings whose ids are row numbers of the input; labels and paths as far as the input has them.
+
+        Raises:
+            ValueError: Another precision, or arrays of another shape or type.
+            ImageError: An unreadable file with on_error="stop", or more of them than `skip_limit`.
         """
         return embed_images(
             images,
@@ -236,19 +246,20 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def _embed_batch(self, batch: np.ndarray | Tensor, precision: str) -> np.ndarray:
         images = torch.as_tensor(batch).to(self.mean.device)
-        training = self.training
+        training = [(module, module.training) for module in self.modules()]  # frozen parts stay so
         self.eval()
         try:
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            with autocast(images.device.type, precision):
                 vectors: np.ndarray = self(images).float().cpu().numpy()
         finally:
-            self.train(training)
+            for module, mode in training:
+                module.training = mode
         return vectors
 
     def save(self, folder: str | Path) -> None:
         """Write encoder.json and encoder.safetensors, with a digest over every byte of both.
 
-        An encoder that stands at `folder` already is replaced in one step.
+        An encoder that stands at `folder` already is replaced in one step, and stays where writing fails.
         """
         folder = Path(folder)
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
@@ -267,19 +278,10 @@ class Encoder(nn.Module):
             description["whitening"] = self.whitening.config
         text = (json.dumps(description, indent=1) + "\n").encode()
         text = text.replace(b'"digest": "' + b"0" * 32, b'"digest": "' + _digest(text, weights).encode())
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        for name, content in (("encoder.safetensors", weights), ("encoder.json", text)):
-            with (fresh / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        os.chmod(fresh, 0o755)
-        old = fresh.with_name(fresh.name + "-old")
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(fresh, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with new_folder(folder, replace=True) as fresh:
+            (fresh / "encoder.safetensors").write_bytes(weights)
+            (fresh / "encoder.json").write_bytes(text)
+            fresh.chmod(0o755)
 
     @classmethod
     def load(cls, folder: str | Path, backbone: nn.Module | None = None, *, head: nn.Module | None = None) -> Encoder:
@@ -307,6 +309,13 @@ class Encoder(nn.Module):
         except RuntimeError as error:
             raise EncoderError(f"{folder}: the weights do not fit the given backbone or head: {error}") from error
         return encoder.eval()
+
+
+def autocast(kind: str, precision: str) -> torch.autocast:
+    """The context in which an encoder computes with a precision on a kind of device."""
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"An encoder runs in precision float32 or bfloat16, got {precision!r}.")
+    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def _look(images: Tensor, grids: Tensor, pad: str) -> Tensor:

@@ -24,6 +24,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
+from embedlab._durable import new_file
 from embedlab.data.samplers import ResumableLoader
 from embedlab.methods.base import NonFiniteLossError
 
@@ -47,16 +48,6 @@ class Terminated(SystemExit):
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Replace a file so that it holds the old content or the new one, whenever the process or the machine dies."""
-    temporary = _temporary(path)
-    try:
-        temporary.write_bytes(content)
-        _put_in_place(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Save what `torch.load` reads, with a digest over every byte; the file appears whole or not at all.
 
@@ -77,8 +68,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         True
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
+    with new_file(path) as temporary:
         torch.save(checkpoint, temporary)
         with temporary.open("r+b") as file:
             file.seek(-22, os.SEEK_END)  # the archive's end record, of which the last two bytes count the comment's
@@ -91,9 +81,6 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
             digest = _digest(file, size)
             file.seek(size)
             file.write(f"{digest}\n".encode())
-        _put_in_place(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def damage(path: Path) -> str | None:
@@ -126,25 +113,6 @@ def steps_of(path: Path) -> int:
     """Optimizer steps after which a checkpoint was made, from its name."""
     digits = path.stem.removeprefix("step-")
     return int(digits) if digits.isdecimal() else -1
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
-def _put_in_place(temporary: Path, path: Path) -> None:
-    _sync(temporary)
-    temporary.replace(path)
-    if os.name != "nt":  # Windows cannot open a folder; its renames are in the journal
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(file: BinaryIO, size: int) -> str:

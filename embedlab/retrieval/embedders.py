@@ -12,12 +12,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from tqdm import tqdm
 
+from embedlab._durable import new_folder
 from embedlab._json import plain
 from embedlab._types import Embeddings, Vectors
 from embedlab.data.embedding import embed_images, identity_hash
 from embedlab.data.images import SKIP_LIMIT, Fit, OnError, available_cores, fit_batch
 from embedlab.data.sources import nothing_at
-from embedlab.retrieval._durable import new_folder
 
 ONNX_KEY = "embedlab"  # of the metadata in a file that we exported
 ONNX_VERSION = 1

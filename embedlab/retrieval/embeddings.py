@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from embedlab._durable import new_folder, write_file
 from embedlab._types import Embeddings, Ids, Vectors
 from embedlab.data.sources import nothing_at
-from embedlab.retrieval._durable import new_folder, write_file
 from embedlab.retrieval.embedders import as_array
 
 FORMAT = "embedlab-embeddings"

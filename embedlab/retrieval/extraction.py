@@ -17,10 +17,10 @@ import numpy as np
 from safetensors import safe_open
 from tqdm import tqdm
 
+from embedlab._durable import new_folder, put_in_place, write_file
 from embedlab._types import Embeddings, Ids
 from embedlab.data.images import SKIP_LIMIT, OnError, report_skipped
 from embedlab.data.sources import Source
-from embedlab.retrieval._durable import new_folder, put_in_place, write_file
 from embedlab.retrieval.embedders import Embedder, on_device
 from embedlab.retrieval.embeddings import digest_of, part_name, read_protocol, refuse_taken, write_part, write_protocol
 

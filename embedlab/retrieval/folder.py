@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from embedlab._durable import new_folder
 from embedlab._types import Embeddings, Ids
 from embedlab.retrieval import cohort as cohorts
 from embedlab.retrieval import indexing
 from embedlab.retrieval import store as storage
-from embedlab.retrieval._durable import new_folder
 from embedlab.retrieval.answers import CheckReport
 from embedlab.retrieval.calibration import Calibration
 from embedlab.retrieval.cohort import Cohort

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from embedlab.retrieval._durable import sync
+from embedlab._durable import sync
 from embedlab.retrieval.search import AUTO_KINDS, Cancelled, Index, Kind, Measured
 from embedlab.retrieval.snapshot import Snapshot
 from embedlab.retrieval.store import GalleryError

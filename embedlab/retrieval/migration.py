@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from embedlab._durable import exchange, finish_exchange, new_folder, put_in_place, sweep, sync, write_file
 from embedlab._types import Embeddings, Ids, Vectors
 from embedlab.data.images import ImageError
 from embedlab.data.sources import Source
 from embedlab.retrieval import store as storage
-from embedlab.retrieval._durable import exchange, finish_exchange, new_folder, put_in_place, sweep, sync, write_file
 from embedlab.retrieval.embedders import CallableEmbedder, Embedder, as_embedder
 from embedlab.retrieval.folder import FolderGallery
 from embedlab.retrieval.gallery import Enrollment, Gallery, _kind, references_of

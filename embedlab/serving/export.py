@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embedlab._durable import put_in_place, sync
 from embedlab._types import Embeddings, Vectors
 from embedlab.data import Source
 from embedlab.data.embedding import embed_images
@@ -25,7 +26,6 @@ from embedlab.data.images import OnError
 from embedlab.encoders import Encoder
 from embedlab.metrics import recall_at_k
 from embedlab.retrieval import Gallery
-from embedlab.retrieval._durable import put_in_place, sync
 from embedlab.retrieval.embedders import ONNX_KEY, OnnxEmbedder, export_note, sealed
 from embedlab.retrieval.store import DATABASE, refuse_if_not_empty
 

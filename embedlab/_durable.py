@@ -148,16 +148,24 @@ def _swapped(first: Path, second: Path) -> bool:
     return bool(call(here, os.fsencode(first), here, os.fsencode(second), exchanging) == 0)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all, in place of any before."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Write a file that takes its name only when all of it is on the disk, in place of any before.
+
+    Yields:
+        The file to write, beside `path`. When the block raises, nothing of it stays.
+    """
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with fresh.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield fresh
+        sync(fresh)
         fresh.replace(path)
-    except BaseException:
+    finally:
         fresh.unlink(missing_ok=True)
-        raise
     sync(path.parent)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace a file so that it holds the old content or the new one, whenever the process or the machine dies."""
+    with new_file(path) as fresh:
+        fresh.write_bytes(content)
