@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedlab import __version__
+from embedlab._durable import write_file
 from embedlab._json import plain
 from embedlab._machine import reuse_memory
 
@@ -670,7 +671,7 @@ def _evaluate(options: argparse.Namespace) -> Result:
         costs = costs_of(found, precision=options.precision)
         result["capacity"] = {name: cost.to_dict() for name, cost in costs.items()}
     if options.out:
-        options.out.write_text(json.dumps(plain(result), indent=1), encoding="utf-8")
+        _write(options.out, json.dumps(plain(result), indent=1))
     if options.report:
         document = evaluation_report(found, compared, result["protocol"], capacities=costs)
         result |= _write_report(options.report, document)
@@ -783,7 +784,7 @@ def _evaluate_backbone(options: argparse.Namespace) -> Result:
         name: getattr(options, name) for name in ("path", "select", "reference", "reference_select")
     } | {"versions": versions("torch", "numpy", "scipy")}
     if options.out:
-        options.out.write_text(json.dumps(plain(result), indent=1), encoding="utf-8")
+        _write(options.out, json.dumps(plain(result), indent=1))
     return {**result, "text": _protocol_table(result)}
 
 
@@ -1224,9 +1225,17 @@ def _report(options: argparse.Namespace) -> Result:
     return _write_report(options.out, document) | {"text": f"{options.out}: open it in a browser"}
 
 
+def _write(path: Path, text: str) -> None:
+    """A file appears whole or stays what it was; a pipe or a terminal gets the text."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_file(path, text.encode())
+
+
 def _write_report(path: Path, document: str) -> Result:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(document, encoding="utf-8")
+    _write(path, document)
     return {"report": str(path), "bytes": path.stat().st_size}
 
 

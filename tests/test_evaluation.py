@@ -28,7 +28,7 @@ from embedlab.cli import main
 from embedlab.data import open_source
 from embedlab.encoders import Encoder, LinearHead, ResNet
 from embedlab.retrieval import write_embeddings
-from embedlab.retrieval.comparison import compare
+from embedlab.retrieval.comparison import compare, to_text
 from embedlab.retrieval.evaluation import Plan, evaluate, evaluate_retrieval
 from embedlab.retrieval.findings import class_figures, confusions, examples, nearest_of_class
 from embedlab.retrieval.subjects import Subject, short_names, stored_subject
@@ -218,6 +218,43 @@ def test_the_protocol_says_how_it_was_made(folder, tmp_path, capsys) -> None:
     data = skipped["protocol"]["data"]["query"]
     assert (data["images"], data["skipped"], data["ignored_files"]) == (119, 1, 1)
     assert data["skipped_images"] == [str(many / "c0" / "7.png")]
+    assert skipped["protocol"]["subjects"]["encoder"]["on_error"] == "skip"
+
+
+def test_the_protocol_of_bare_vectors_tells_them_and_their_labels_apart(tmp_path, capsys) -> None:
+    vectors, labels = tmp_path / "v.npy", tmp_path / "labels.txt"
+    digests = []
+    for names in ("aabb", "abab"):
+        np.save(vectors, people(2, 2, 0.5).vectors)
+        labels.write_text("\n".join(names))
+        found = ask(capsys, "evaluate", vectors, "--labels", labels)["protocol"]
+        assert found["subjects"]["vectors"]["labels"] == str(labels)
+        digests.append(found["data"]["query"]["digest"])
+    assert digests[0] != digests[1]
+
+
+def test_labels_are_of_vectors(folder, capsys) -> None:
+    encoders = [
+        ["--encoder", folder / "a" / "encoder"],
+        ["--compare", folder / "a" / "encoder", folder / "b" / "encoder"],
+    ]
+    for chosen in encoders:
+        assert main(["evaluate", *map(str, [folder / "images", *chosen, "--labels", "labels.txt"])]) == 1
+        assert "--labels labels.txt is for stored vectors, and" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_document_before(tmp_path, monkeypatch, capsys) -> None:
+    place, out = stored(tmp_path / "vectors", people(3, 3, 0.5)), tmp_path / "out.json"
+    out.write_text("before")
+
+    def full(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("embedlab._durable.sync", full)
+    assert main(["evaluate", str(place), "--out", str(out)]) != 0
+    assert "No space left" in capsys.readouterr().err
+    assert out.read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "vectors"]
 
 
 def test_query_against_reference_compares_those_pairs_only(folder, capsys) -> None:
@@ -324,6 +361,7 @@ def test_an_example_shows_as_many_as_groups_leave(tmp_path) -> None:
 
 def test_paired_differences_equal_the_loops(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("embedlab.retrieval.evaluation.RESAMPLES", 40)
+    monkeypatch.setattr("embedlab.retrieval.comparison.VERDICT", 9)
     ours, theirs = people(9, 4, 0.5), people(9, 4, 1.6, seed=1)
     found = [
         evaluate(stored_subject(str(stored(tmp_path / name, held)), name=name), Plan(path=str(tmp_path / name)))
@@ -365,6 +403,34 @@ def test_paired_differences_equal_the_loops(tmp_path, monkeypatch) -> None:
     assert backwards["auc"]["difference"] == -figures["auc"]["difference"]
     same = compare(found[0], found[0])["figures"]
     assert all(row["difference"] == 0 and row["better"] is None for row in same.values())
+
+
+def test_no_verdict_on_few_identities_and_no_interval_without_an_error(tmp_path) -> None:
+    """Of three identities, resampling calls equal encoders different one time in four."""
+    found = []
+    for name, held in (("ours", people(9, 4, 0.05)), ("theirs", people(9, 4, 1.6, seed=1))):
+        place = stored(tmp_path / name, held)
+        found.append(evaluate(stored_subject(str(place), name=name), Plan(path=str(place))))
+    perfect = found[0].figures["verification"]
+    assert (perfect["eer"], perfect["intervals"]["eer"]) == (0, None)
+    assert perfect["intervals"]["tar_at_0.1"] is None
+    result = compare(*found)
+    assert result["identities"] == 9
+    assert result["figures"]["map_at_r"]["interval"][0] > 0
+    assert all(row["better"] is None for row in result["figures"].values())
+    assert to_text(result).endswith(
+        "With fewer than 20 identities intervals are too short, and neither is called better."
+    )
+
+
+def test_rows_are_paired_by_their_ids(tmp_path) -> None:
+    ours = people(4, 4, 0.5)
+    order = np.arange(16).reshape(4, 4)[:, ::-1].ravel()
+    theirs = Embeddings(ours.vectors[order], [ours.labels[row] for row in order], ours.ids[order])
+    places = [stored(tmp_path / "ours", ours), stored(tmp_path / "theirs", theirs)]
+    found = [evaluate(stored_subject(str(place), name=place.name), Plan(path=str(place))) for place in places]
+    with pytest.raises(ValueError, match="were not given the same queries in the same order"):
+        compare(*found)
 
 
 def test_a_comparison_from_the_command_line(folder, tmp_path, capsys) -> None:

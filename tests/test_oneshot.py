@@ -9,6 +9,7 @@ import pytest
 from benchmarks import oneshot
 from PIL import Image
 
+from embedlab._types import Embeddings
 from embedlab.cli import main
 from embedlab.data import FixedViews, ImageError
 from embedlab.encoders import Encoder, Pixels
@@ -93,6 +94,34 @@ def test_every_trial_is_decided_alone(runs: Path) -> None:
     after = answers()
     assert len(after) == 3
     assert after.items() <= before.items()
+
+
+class Given:
+    """An embedder that answers with vectors at hand."""
+
+    fingerprint = "given"
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self.vectors = vectors
+
+    def embed(self, images: list[str], **_: object) -> Embeddings:
+        return Embeddings(self.vectors[: len(images)].astype(np.float32), None, np.arange(len(images)))
+
+
+@pytest.mark.parametrize("ways", [5, 7, 20, 26, 30])
+def test_equal_candidates_count_by_name_whatever_rounding_does(tmp_path: Path, ways: int) -> None:
+    write_run(tmp_path, "run01", [0] * ways, [0] * ways, [0] * ways)
+    random = np.random.default_rng(ways)
+    twins = np.repeat(random.normal(size=(1, 257)), ways, axis=0) + 1e-8 * random.normal(size=(ways, 257))
+    found = evaluate_runs(Given(np.concatenate([twins, random.normal(size=(ways, 257))])), tmp_path)
+    assert found["error"] == 0
+
+
+def test_embeddings_that_are_not_finite_give_no_figure(runs: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(24, 3))
+    vectors[[5, 6]] = np.nan
+    with pytest.raises(ValueError, match=r"item02.png and of 1 further images is not finite; has the encoder's"):
+        evaluate_runs(Given(vectors), runs)
 
 
 def test_candidates_are_all_training_images_of_the_run(runs: Path, caplog) -> None:

@@ -11,6 +11,8 @@ from embedlab.metrics import bootstrap_interval, bootstrap_intervals
 from embedlab.retrieval.evaluation import Evaluation, Verification, enough, interval_of
 from embedlab.retrieval.subjects import Reading
 
+VERDICT = 20  # identities at least: of fewer, resampling finds intervals that are too short
+TOO_FEW = f"With fewer than {VERDICT} identities intervals are too short, and neither is called better."
 LOWER_IS_BETTER = frozenset({"eer", "observed_fpir"})
 
 
@@ -18,41 +20,45 @@ def compare(first: Evaluation, second: Evaluation) -> dict[str, Any]:
     """Two subjects on the same images: differences first - second, with paired intervals over the same identities.
 
     Returns:
-        `figures`: name to first, second, difference, interval (95 %), and `better`: the name of the one that is
-        better where the interval leaves out 0, else None.
+        `identities`: how many. `figures`: name to first, second, difference, interval (95 %), and `better`: the name
+        of the one that is better where the interval leaves out 0, and None elsewhere or with fewer than `VERDICT`
+        identities.
 
     Raises:
-        ValueError: Not the same images in the same order.
+        ValueError: Not the same images, by path or else by id, in the same order.
     """
     _require_same_images(first, second)
-    pairs: dict[str, tuple[float, float, tuple[float, float] | None]] = {}
+    pairs: dict[str, tuple[float, float, tuple[float, float] | None, int]] = {}
+    identities = len(set(first.labels))
     both = {name: (first.per_query[name], second.per_query[name]) for name in first.per_query}
     if enough(first.per_query["recall_at_1"], first.labels):
         differences = {name: one - other for name, (one, other) in both.items()}
         for name, interval in bootstrap_intervals(differences, first.labels).items():
-            pairs[name] = (*(float(np.nanmean(side)) for side in both[name]), interval)  # type: ignore[assignment]
+            one, other = (float(np.nanmean(side)) for side in both[name])
+            pairs[name] = (one, other, interval, identities)
     if first.verification and second.verification:
         exact = [_verification_values(one.verification) for one in (first, second) if one.verification]
         for name, values in first.verification.resamples.items():
             interval_here = interval_of(values - second.verification.resamples[name])
-            pairs[name] = (exact[0][name], exact[1][name], interval_here)
+            pairs[name] = (exact[0][name], exact[1][name], interval_here, identities)
     if first.open_set and second.open_set:
         for name, rates in first.open_set.probed.rates.items():
             others = second.open_set.probed.rates[name]
             interval_here = bootstrap_interval(rates - others, np.arange(len(rates))) if len(rates) > 1 else None
-            pairs[name] = (float(rates.mean()), float(others.mean()), interval_here)
+            pairs[name] = (float(rates.mean()), float(others.mean()), interval_here, len(rates))
     return {
         "first": first.name,
         "second": second.name,
+        "identities": identities,
         "figures": {
             name: {
                 "first": one,
                 "second": other,
                 "difference": one - other,
                 "interval": interval,
-                "better": _better(name, interval, (first.name, second.name)),
+                "better": _better(name, interval, (first.name, second.name)) if count >= VERDICT else None,
             }
-            for name, (one, other, interval) in pairs.items()
+            for name, (one, other, interval, count) in pairs.items()
         },
     }
 
@@ -77,7 +83,8 @@ def _require_same_images(first: Evaluation, second: Evaluation) -> None:
     for what, side in sides:
         ours, theirs = side(first).embeddings, side(second).embeddings
         named = ours.paths is not None and theirs.paths is not None
-        if ours.labels != theirs.labels or (named and ours.paths != theirs.paths):
+        same = ours.paths == theirs.paths if named else np.array_equal(ours.ids, theirs.ids)
+        if ours.labels != theirs.labels or not same:
             paths = zip(ours.paths or [], theirs.paths or [], strict=False)
             other = next((f": {one} and {two} are the first that differ" for one, two in paths if one != two), "")
             raise ValueError(
@@ -94,4 +101,6 @@ def to_text(found: dict[str, Any]) -> str:
         interval = "" if row["interval"] is None else " [{:+.4f}, {:+.4f}]".format(*row["interval"])
         verdict = f"  {row['better']} is better" if row["better"] else ""
         lines.append(f"{name:22}{row['difference']:+.4f}{interval}{verdict}")
+    if found["identities"] < VERDICT:
+        lines.append(TOO_FEW)
     return "\n".join(lines)

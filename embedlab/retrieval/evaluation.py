@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -162,6 +163,7 @@ class Evaluation:
         verification: None where there is only one kind of pair.
         open_set: Of the trial, where there was one.
         groups: Of each query, or of each query and each row of the reference, as the metrics take them; None without.
+        calibration: The identities that set the trial's threshold, where there was one.
     """
 
     subject: Subject
@@ -175,6 +177,7 @@ class Evaluation:
     verification: Verification | None = None
     open_set: OpenSetReport | None = None
     groups: Groups = None
+    calibration: Reading | None = None
     labels: list[str] = field(init=False)
     searched_labels: list[str] = field(init=False)
 
@@ -216,14 +219,14 @@ def evaluate(subject: Subject, plan: Plan) -> Evaluation:
     if plan.verification:
         figures["verification"] = verification.to_dict() if verification else None
     figures["health"] = _health(query.embeddings.vectors, plan.seed)
-    trial = None
+    trial, calibration = None, None
     if plan.open_set:
-        strangers = subject.read(plan.calibrate or plan.path, plan.calibrate_select).embeddings
+        calibration = subject.read(plan.calibrate or plan.path, plan.calibrate_select)
         figures["open_set"], trial = _open_set(
-            query.embeddings, strangers, others, plan.fpir, plan.templates, plan.seed
+            query.embeddings, calibration.embeddings, others, plan.fpir, plan.templates, plan.seed
         )
     return Evaluation(
-        subject, plan, query, reference, figures, per_query, nearest, cosines, verification, trial, groups
+        subject, plan, query, reference, figures, per_query, nearest, cosines, verification, trial, groups, calibration
     )
 
 
@@ -273,7 +276,7 @@ def _column(side: Reading, column: str, option: str) -> list[str]:
 def protocol_of(found: Sequence[Evaluation]) -> dict[str, Any]:
     """How the figures were made, so that somebody else can make them again."""
     first = found[0]
-    sides = {"query": first.query} | ({} if first.reference is None else {"reference": first.reference})
+    sides = {"query": first.query, "reference": first.reference, "calibration": first.calibration}
     return {
         **asdict(first.plan),
         "mode": "leave-one-out" if first.reference is None else "query against reference",
@@ -281,12 +284,12 @@ def protocol_of(found: Sequence[Evaluation]) -> dict[str, Any]:
         "cmc_depth": len(first.figures["cmc"]),
         "knn_temperature": 0.1,
         "subjects": {one.name: dict(one.subject.about) for one in found},
-        "data": {name: _counted(side) for name, side in sides.items()},
+        "data": {name: _counted(side) for name, side in sides.items() if side is not None},
         "intervals": {
             "confidence": 0.95,
             "method": "percentile bootstrap over identities, the labels of the queries; where all queries are right, "
             "or none, Wilson's score interval with identities as trials; the lower end of a recall is that of the "
-            "smaller depths where these are higher",
+            "smaller depths where these are higher; no interval of a figure of pairs that no resample changes",
             "resamples": 2000,
             "verification_resamples": RESAMPLES,
             "seed": 0,
@@ -304,7 +307,16 @@ def _counted(side: Reading) -> dict[str, Any]:
         "skipped": len(side.skipped),
         "skipped_images": list(side.skipped[:100]),
         "ignored_files": side.ignored,
+        "digest": _digest(side.embeddings),
     }
+
+
+def _digest(found: Embeddings) -> str:
+    """BLAKE2b over vectors, labels and ids: of two readings with one digest all figures are the same."""
+    digest = hashlib.blake2b(json.dumps([found.vectors.shape, found.labels]).encode(), digest_size=16)
+    for part in (found.vectors, found.ids):
+        digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()
 
 
 def _refuse_shared_images(query: Embeddings, reference: Embeddings | None) -> None:
@@ -477,9 +489,12 @@ def _verification(query: Embeddings, reference: Embeddings | None, groups: Group
 
 
 def interval_of(resamples: Floats) -> tuple[float, float] | None:
-    """The middle 95 % of what resampling gave; None where hardly a resample could be counted."""
+    """The middle 95 % of what resampling gave; None where hardly a resample could be counted, or all gave the same.
+
+    Data without an error show none in any resample, which says nothing of how many there are.
+    """
     counted = resamples[~np.isnan(resamples)]
-    if len(counted) < 0.9 * len(resamples):
+    if len(counted) < 0.9 * len(resamples) or np.ptp(counted) == 0:
         return None
     low, high = np.quantile(counted, [0.025, 0.975])
     return float(low), float(high)

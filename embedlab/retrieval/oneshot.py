@@ -18,16 +18,17 @@ from typing import Any
 
 import numpy as np
 
+from embedlab._durable import new_folder
 from embedlab.data import Source, open_source
 from embedlab.data.images import IMAGE_SUFFIXES, ImageError
 from embedlab.metrics import bootstrap_interval, wilson_interval
-from embedlab.retrieval._durable import new_folder
 from embedlab.retrieval.embedders import Embedder
 
 logger = logging.getLogger("embedlab")
 
 _LABELS = "class_labels.txt"
 _FORM = "RUN/test/ITEM.png RUN/training/CLASS.png"
+_EQUAL = 1e-6  # cosines that differ by less count as one
 _DRAWER = re.compile(r".*_(\w+)$")
 
 
@@ -160,8 +161,9 @@ def evaluate_runs(
 ) -> dict[str, Any]:
     """Answer every trial by the candidate with the highest cosine, and count the errors.
 
-    A trial is decided by its own image and the candidates of its run alone: what other test images there are changes
-    nothing. Candidates with one and the same score count in the order of their names.
+    A trial is decided by its own image and the candidates of its run alone. Candidates whose cosines are less than 1e-6
+    from the highest are equal to it, and count in the order of their names: so much an embedding in float32 depends on
+    what else is in its batch.
 
     Args:
         embedder: An `Encoder`, or an exported one; it brings its test-time views along.
@@ -176,6 +178,7 @@ def evaluate_runs(
     Raises:
         RunsError: See `read_runs`.
         ImageError: An image that cannot be read.
+        ValueError: An embedding that is not finite.
     """
     started = time.perf_counter()
     found = read_runs(folder) if runs is None else list(runs)
@@ -187,7 +190,13 @@ def evaluate_runs(
         raise ImageError(text, path=error.path, reason=error.reason) from error
     if len(vectors) != len(files):
         raise RunsError(f"{len(files)} images gave {len(vectors)} vectors: a run is whole or no run; on_error=stop.")
-    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    if (broken := np.flatnonzero(~np.isfinite(vectors).all(axis=1))).size:
+        raise ValueError(
+            f"The embedding of {files[broken[0]]} and of {len(broken) - 1} further images is not finite; has the "
+            "encoder's training diverged?"
+        )
+    vectors = vectors.astype(np.float64)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     rows, start = [], 0
     for run in found:
         middle = start + len(run.training)
@@ -209,8 +218,8 @@ def evaluate_runs(
 
 
 def _score_run(run: OneShotRun, training: np.ndarray, test: np.ndarray) -> dict[str, Any]:
-    # one product per trial: a matrix product may round a row by how many others there are
-    answers = [int(np.argmax(training @ vector)) for vector in test]
+    cosines = test @ training.T
+    answers = (cosines > cosines.max(axis=1, keepdims=True) - _EQUAL).argmax(axis=1).tolist()
     mistakes = [
         {"test": item, "answer": run.training[answer], "truth": run.training[truth]}
         for item, answer, truth in zip(run.test, answers, run.truth, strict=True)

@@ -91,7 +91,7 @@ def stored_subject(path: str, labels: str | None = None, *, name: str = "vectors
     told = {"encoder", "preprocessing", "precision", "source", "select"}
     made = read_protocol(path) if (os.path.isdir(path) and is_vectors(path)) else {}
     about = {("fingerprint" if key == "encoder" else key): made[key] for key in sorted(told & made.keys())}
-    return Subject(name, read, {"path": path, **with_digest(about)})
+    return Subject(name, read, {"path": path, "labels": labels, **with_digest(about)})
 
 
 def encoder_subject(
@@ -125,6 +125,7 @@ def encoder_subject(
         "preprocessing": placed.preprocessing,
         "precision": chosen.precision,
         "batch_size": chosen.batch_size,
+        "on_error": chosen.on_error,
         "device": "cpu" if exported else _device(placed),
     }
     return Subject(name, read, with_digest(about), placed)
@@ -232,6 +233,7 @@ def choose_subjects(
         return [(stored_subject(path, labels), path)]
     if encoder is None:
         raise ValueError(f"{path} holds images, so evaluate needs --encoder FOLDER.")
+    _refuse_labels(labels, path)
     loaded: Any = as_embedder(encoder)
     others = baseline_subjects(loaded, path, select, options=options) if baselines else []
     return [(subject, path) for subject in (encoder_subject(loaded, options=options, path=encoder), *others)]
@@ -253,11 +255,20 @@ def _compared(
         raise ValueError("evaluate needs PATH with the queries; only --compare of stored vectors does without.")
     if is_vectors(path):
         raise ValueError(f"{path} holds vectors; the two encoders of --compare need images.")
+    _refuse_labels(labels, path)
     loaded: list[Any] = [as_embedder(one) for one in compare]
     return [
         (encoder_subject(embedder, name, options=options, path=one), path)
         for name, one, embedder in zip(names, compare, loaded, strict=True)
     ]
+
+
+def _refuse_labels(labels: str | None, path: str) -> None:
+    if labels:
+        raise ValueError(
+            f"--labels {labels} is for stored vectors, and {path} holds images, which bring theirs: folders, or the "
+            "column label of a manifest."
+        )
 
 
 def short_names(first: str, second: str) -> tuple[str, str]:

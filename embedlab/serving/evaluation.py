@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from embedlab.metrics import open_set_curve
+from embedlab.retrieval.comparison import TOO_FEW, VERDICT
 from embedlab.retrieval.evaluation import Evaluation
 from embedlab.retrieval.findings import class_figures
 from embedlab.retrieval.robustness import FIGURES, mean_of
@@ -217,6 +218,7 @@ def _summary(found: Sequence[Evaluation], comparison: Mapping[str, Any] | None) 
             "With 95% intervals by resampling identities."
             + (
                 " Differences are paired: both are resampled together, over the same identities. In percentage points."
+                + (f" {TOO_FEW}" if comparison["identities"] < VERDICT else "")
                 if comparison
                 else ""
             ),
