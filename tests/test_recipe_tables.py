@@ -229,6 +229,16 @@ def test_a_figure_is_the_mean_over_seeds_of_means_over_samples() -> None:
     assert str(recipes.Figure([0.5])) == "0.500"
 
 
+def test_all_right_is_not_certainty() -> None:
+    owners = np.repeat(np.arange(10), 3)
+    ends = metrics.wilson_interval(10, 10)
+    assert recipes.mean_figure(np.ones((2, 30)), owners).interval == ends
+    assert recipes.figure([lambda _: 1.0], owners).interval == ends
+    assert recipes.mean_figure(np.full((2, 30), 2.0), owners).interval is None
+    one, apart = np.eye(4)[[0, 0, 1, 1]], recipes.pairs_within([np.array(list("aabb"))])
+    assert recipes.equal_errors(apart, [one]).interval is None
+
+
 def test_unknown_options_go_to_fit_and_a_missing_folder_is_named(tmp_path, capsys) -> None:
     options = recipes.parse(
         ["faces", "--data", str(tmp_path), "--out", str(tmp_path / "o"), "--trainer.max_epochs", "1"]

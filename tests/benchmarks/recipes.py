@@ -16,7 +16,8 @@ that was broken off goes on where it stopped. Further options, such as --trainer
 `embedlab fit`. --role calibrate measures on the calibrate identities: settings are chosen there, not on the test.
 
 A figure is the mean over seeds, behind it the standard deviation over seeds and, in brackets, the 95 % interval by
-resampling identities (people, products, characters, groups of parts) of the mean over seeds.
+resampling identities (people, products, characters, groups of parts) of the mean over seeds; where all is right, or
+nothing, Wilson's with identities as trials.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from embedlab.metrics import (
     retrieval_report,
     roc_auc,
     verification_resamples,
+    wilson_interval,
 )
 from embedlab.retrieval import Gallery
 from embedlab.retrieval.open_set import choose_templates, take
@@ -106,8 +108,20 @@ class Table:
 def mean_figure(values: Sequence[Any], owners: Any) -> Figure:
     """The mean over samples: (seeds, N) one value per sample, NaN where there is none; the same samples each time."""
     samples = np.array(values, dtype=float)
-    mean = samples.mean(axis=0)
-    return Figure(np.nanmean(samples, axis=1).tolist(), bootstrap_interval(mean, owners))
+    interval = bootstrap_interval(samples.mean(axis=0), owners)
+    found = np.nanmean(samples, axis=1).tolist()
+    return Figure(found, told(interval, found, owners))
+
+
+def told(interval: tuple[float, float], values: Sequence[float], owners: Any) -> tuple[float, float] | None:
+    """The interval, unless no draw differs from the others, which says nothing of how rare mistakes are.
+
+    Where all is right, or nothing, it is then the score interval of a share over identities; elsewhere there is none.
+    """
+    if interval[0] < interval[1]:
+        return interval
+    identities, share = len(set(np.asarray(owners).tolist())), float(np.mean(values))
+    return wilson_interval(share * identities, identities) if share in (0, 1) else None
 
 
 def figure(statistics: Sequence[Callable[[Any], float]], owners: Any) -> Figure:
@@ -121,11 +135,12 @@ def figure(statistics: Sequence[Callable[[Any], float]], owners: Any) -> Figure:
         sys.stderr.write(f"no figure: {error}\n")
         return Figure([float("nan")])
     with contextlib.suppress(ValueError):
-        found.interval = bootstrap_statistic(
+        interval = bootstrap_statistic(
             lambda rows: float(np.mean([statistic(rows) for statistic in statistics])),
             owners,
             resamples=RESAMPLES,
         )
+        found.interval = told(interval, found.values, owners)
     return found
 
 
@@ -317,7 +332,7 @@ def equal_errors(pairs: PairSample, vectors: Sequence[Any]) -> Figure:
         values.append(eer(np.concatenate(scores), same))
         draws.append(verification_resamples(pairs, scores, resamples=RESAMPLES)["eer"])
     low, high = np.nanquantile(np.mean(draws, axis=0), [0.025, 0.975])
-    return Figure(values, (float(low), float(high)))
+    return Figure(values, (float(low), float(high)) if low < high else None)
 
 
 def faces(options: argparse.Namespace) -> list[Table]:
