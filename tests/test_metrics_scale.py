@@ -332,7 +332,7 @@ def test_genuine_pairs_that_cannot_be_held_are_told_apart_where_a_figure_hangs_o
         far = [0.5, 0.1, 0.07, 0.01, 1 / (~same).sum()]
         held = metrics.verification_report(vectors, labels, far=far, groups=groups)
         with monkeypatch.context() as patch:
-            for name, value in {"HELD": 10, "COARSE": cells, "TILE": 50, "COLLECTED": 100}.items():
+            for name, value in {"HELD": 10, "COARSE": cells, "TILE": 50, "LISTED": 100, "PARTS": 3 * cells}.items():
                 patch.setattr(_pairs, name, value)
             report = metrics.verification_report(vectors, labels, far=far, groups=groups, curve=30)
         assert report.resolution > 1e-12
@@ -385,6 +385,27 @@ def test_pairs_are_never_held():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * _ranking.BUDGET  # cosines of all pairs would be 100 MB, and sorting them 200
+
+
+def test_cells_that_hold_most_pairs_are_told_apart_in_bounded_memory(monkeypatch):
+    """A collapsed encoder, and a few outliers that stretch the grid: all other pairs are in a few of its cells."""
+    random = np.random.default_rng(0)
+    labels = np.arange(3000) % 2
+    vectors = np.ones((3000, 8)) + 1e-3 * (np.where(labels[:, None] == 1, 1, -1) * np.repeat([1, -1], 4))
+    vectors += 1e-3 * random.standard_normal((3000, 8))
+    vectors[:6] = random.standard_normal((6, 8))
+    held = metrics.verification_report(vectors, labels)
+    monkeypatch.setattr(_pairs, "HELD", 1 << 18)
+    monkeypatch.setattr(_pairs, "COARSE", 50_000)
+    tracemalloc.start()
+    report = metrics.verification_report(vectors, labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * _ranking.BUDGET  # 89 MiB; with the scores of these cells listed 305
+    assert report.resolution > 1e-12
+    assert (report.eer, report.tar) == (held.eer, held.tar)
+    assert (report.threshold, report.eer_threshold) == (held.threshold, held.eer_threshold)
+    assert abs(report.auc - held.auc) <= report.auc_error < 1e-4
 
 
 @pytest.mark.parametrize(

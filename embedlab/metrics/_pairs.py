@@ -1,7 +1,8 @@
 """All pairs of a set, streamed: how many impostor pairs lie below, at and above each genuine score?
 
 Few genuine pairs are held and sorted, and the impostors counted between them. Many are counted on a grid, together with
-the impostors, and a second pass tells apart what lies in the cells that decide a figure.
+the impostors, and a second pass tells apart what lies in the cells that decide a figure; a third, where so much lies in
+them that they have to be cut into narrower ones first.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +21,13 @@ from embedlab.metrics._threads import in_threads
 HELD = 1 << 22  # genuine pairs that are held one by one
 COARSE = 2_000_000  # beyond that: cells of a grid over the range of their scores, at most
 HEAVY = 1e-3  # share of all (genuine, impostor) comparisons within one cell from which it is told apart, too
-COLLECTED = 1 << 21  # scores that wait before they are counted together
+LISTED = 1 << 21  # scores of such cells that are listed
+PARTS = 1 << 18  # narrower cells that such cells are cut into where they hold more scores, at most
 TILE = 1024  # rows and columns compared at a time, at most
 CELLS = 1 << 23  # of the grid that says where to look for a score, at most
 STEPS = 8  # from edge to edge within a cell, before the rest is searched by halving
+
+_Parts = Callable[[Integers], tuple[Integers | slice, Integers]]  # keys to those that are in any part, and in which
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,28 +74,25 @@ class Pairs:
         count, low, high = self._range()
         if count <= HELD:
             return self._between_held()
-        first, last = (int(key) for key in _keys(np.array([low, high])))
+        # in another tile a score may be rounded to the next key
+        first, last = (_keys(np.array([low, high])) + np.array([-1, 1])).tolist()
         width = -(-(last - first + 1) // COARSE)
-        cells = (last - first) // width + 1
-
-        def cell(keys: Integers) -> Integers:
-            """0 below all genuine scores, 1 to `cells` among them."""
-            return np.clip((keys - first) // width + 1, 0, cells + 1)
-
-        impostors, genuine = self.share.add(self._on_grid(cell, cells + 2)).reshape(-1, 2).T
-        middles = first + (np.arange(-1, cells + 1)) * width + (width - 1) // 2
-        if width == 1:
-            return _counts(middles, genuine, impostors)
-        chosen = genuine * impostors.astype(np.float64) > HEAVY * genuine.sum() * impostors.sum(dtype=np.float64)
-        chosen[np.flatnonzero(genuine)[decisive(_counts(middles, genuine, impostors))]] = True
-        fine = self._told_apart(cell, chosen)
-        keys, genuine, impostors = (
-            np.concatenate([coarse[~chosen], exact])
-            for coarse, exact in zip((middles, genuine, impostors), fine, strict=True)
-        )
-        order = keys.argsort()
-        blurred = order < len(keys) - len(fine[0])
-        return _counts(keys[order], genuine[order], impostors[order], blurred, width)
+        grid = _Grid(first, width, (last - first) // width + 1)
+        cells = np.empty((4, grid.cells + 2), dtype=np.int64)  # first key, keys, impostors and genuine pairs in each
+        cells[0] = first + width * np.arange(-1, grid.cells + 1)
+        cells[1] = width
+        cells[2:] = self._counted(lambda keys: (slice(None), grid.cell(keys)), grid.cells + 2, "all pairs, coarsely")
+        while True:
+            impostors, genuine = cells[2:]
+            chosen = genuine * impostors.astype(np.float64) > HEAVY * genuine.sum() * impostors.sum(dtype=np.float64)
+            found = _counts(cells[0] + (cells[1] - 1) // 2, genuine, impostors, cells[1] > 1, width)
+            chosen[np.flatnonzero(genuine)[decisive(found)]] = True
+            chosen &= cells[1] > 1
+            if not chosen.any():
+                return found
+            del found, impostors, genuine  # each as large as the cells
+            cells = np.concatenate([cells[:, ~chosen], self._split(grid, cells[:, chosen])], axis=1)
+            cells = cells[:, cells[0].argsort(kind="stable")]
 
     def _between_held(self) -> PairCounts:
         """Impostors counted between the genuine scores, one by one."""
@@ -110,52 +111,47 @@ class Pairs:
         below = self.share.add(counts).cumsum()
         return PairCounts(found / 10**DECIMALS, genuine.astype(np.int64), below, np.zeros(len(found), dtype=np.bool_))
 
-    def _on_grid(self, cell: Callable[[Integers], Integers], cells: int) -> Integers:
-        """(2 cells,) impostor and genuine pairs in each cell, by turns."""
-        counts = np.zeros(2 * cells, dtype=np.int64)
+    def _counted(self, parts: _Parts, count: int, title: str) -> Integers:
+        """(2, count) impostor and genuine pairs in each part."""
+        counts = np.zeros(2 * count, dtype=np.int64)
 
         def add(scores: Floats, same: Booleans) -> Callable[[], None]:
-            index = 2 * cell(_keys(scores)) + same
+            kept, part = parts(_keys(scores))
+            index = 2 * part + same[kept]
             index.sort()
             return lambda: np.add.at(counts, index, 1)
 
-        self._stream(add, "all pairs, coarsely")
-        return counts
+        self._stream(add, title)
+        return self.share.add(counts).reshape(-1, 2).T
 
-    def _told_apart(
-        self, cell: Callable[[Integers], Integers], chosen: Booleans
-    ) -> tuple[Integers, Integers, Integers]:
-        """Ascending keys in the chosen cells, and how many genuine and impostor pairs have each."""
-        marked, counts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)  # marked: 2 key + genuine
-        waiting, length = [np.empty(0, dtype=np.int64)], 0
+    def _split(self, grid: "_Grid", cells: Integers) -> Integers:
+        """Some cells (4, C), told apart key by key where their pairs can be listed, and else cut into narrower ones."""
+        starts, widths = cells[:2]
+        if cells[2:].sum() <= LISTED:
+            return self._listed(grid.within(starts, widths, int(widths.max())))
+        step = -(-int(widths.max()) // max(2, PARTS // len(starts)))
+        parts = -(-widths // step)
+        split = np.empty((4, parts.sum()), dtype=np.int64)
+        split[0] = np.repeat(starts - step * (parts.cumsum() - parts), parts) + step * np.arange(parts.sum())
+        split[1] = np.minimum(step, np.repeat(starts + widths, parts) - split[0])
+        split[2:] = self._counted(grid.within(starts, widths, step), split.shape[1], "all pairs, finely")
+        return split
 
-        def count() -> None:
-            nonlocal marked, counts, length
-            marked, counts = _summed([(marked, counts), *((part, np.ones_like(part)) for part in waiting)])
-            waiting.clear()
-            length = 0
+    def _listed(self, parts: _Parts) -> Integers:
+        """A cell (4, K) for each key that is in one of the parts."""
+        lists = [np.empty(0, dtype=np.int64)]  # 2 key + genuine
 
         def add(scores: Floats, same: Booleans) -> Callable[[], None]:
             keys = _keys(scores)
-            kept = chosen[cell(keys)]
-            part = 2 * keys[kept] + same[kept]
-
-            def collect() -> None:
-                nonlocal length
-                waiting.append(part)
-                length += len(part)
-                if length > COLLECTED:
-                    count()
-
-            return collect
+            kept, _ = parts(keys)
+            marked = 2 * keys[kept] + same[kept]
+            return lambda: lists.append(marked)
 
         self._stream(add, "all pairs, finely")
-        count()
-        marked, counts = _summed(self.share.collect((marked, counts)))
+        marked = np.concatenate(self.share.collect(np.concatenate(lists)))
         keys, place = np.unique(marked >> 1, return_inverse=True)
-        kinds = np.zeros((2, len(keys)), dtype=np.int64)
-        kinds[marked & 1, place] = counts
-        return keys, kinds[1], kinds[0]
+        kinds = np.bincount(2 * place + (marked & 1), minlength=2 * len(keys)).reshape(-1, 2).T
+        return np.stack([keys, np.ones_like(keys), *kinds])
 
     def _range(self) -> tuple[int, float, float]:
         """How many genuine pairs there are, and where they are too many to hold their lowest and highest score."""
@@ -224,12 +220,34 @@ def _counts(
     return PairCounts(keys[present] / 10**DECIMALS, genuine[present], below, blurred[present], width / 10**DECIMALS)
 
 
-def _summed(parts: Sequence[tuple[Integers, Integers]]) -> tuple[Integers, Integers]:
-    """Distinct values of all parts, ascending, and the sum of the counts of each."""
-    values, place = np.unique(np.concatenate([values for values, _ in parts]), return_inverse=True)
-    sums = np.zeros(len(values), dtype=np.int64)
-    np.add.at(sums, place, np.concatenate([counts for _, counts in parts]))
-    return values, sums
+@dataclass(frozen=True)
+class _Grid:
+    """Cells of one width over the keys of all genuine scores, from 1; 0 is below them, and `cells` + 1 above."""
+
+    first: int
+    width: int
+    cells: int
+
+    def cell(self, keys: Integers) -> Integers:
+        """Of each key, (n,)."""
+        return np.clip((keys - self.first) // self.width + 1, 0, self.cells + 1)
+
+    def within(self, starts: Integers, widths: Integers, step: int) -> _Parts:
+        """Parts of `step` keys of some cells, each of them within one cell of the grid."""
+        parts = -(-widths // step)
+        before, ends = parts.cumsum() - parts, starts + widths
+        marked = np.zeros(self.cells + 2, dtype=np.bool_)
+        marked[self.cell(starts)] = True
+
+        def part(keys: Integers) -> tuple[Integers, Integers]:
+            near = np.flatnonzero(marked[self.cell(keys)])  # few as a rule, so that nothing else is searched for
+            keys = keys[near]
+            place = np.searchsorted(starts, keys, side="right") - 1
+            inside = np.flatnonzero((place >= 0) & (keys < ends[place]))
+            place = place[inside]
+            return near[inside], before[place] + (keys[inside] - starts[place]) // step
+
+        return part
 
 
 class _Places:

@@ -270,7 +270,8 @@ def verification_report(
     What `roc_auc`, `eer` and `tar_at_far` say of the list of all cosines, without the list: the genuine pairs are few
     and are sorted; the impostor pairs stream by and are counted between them, which fixes the whole ROC curve. Where
     the genuine pairs are more than four million, both kinds are counted on a grid, and a second pass tells apart the
-    cosines that the equal error rate and each threshold hang on. Cosines are in float64.
+    cosines that the equal error rate and each threshold hang on (a third, where a few cells of the grid hold most
+    pairs). Cosines are in float64.
 
     Args:
         embeddings: (N, D) vectors of any norm, NumPy or torch.
