@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -298,7 +299,7 @@ def with_column(place: Path, column: str, values: list[str]) -> Subject:
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["", "groups"])
-def test_classes_confusions_and_examples_by_loops(tmp_path, grouped) -> None:
+def test_classes_confusions_and_examples_by_loops(tmp_path, grouped, monkeypatch) -> None:
     held = people(12, 5, 1.3)
     cameras = ["left" if row % 5 < 2 else "right" for row in range(60)]
     subject = with_column(stored(tmp_path / "v", held), "camera", cameras)
@@ -331,6 +332,9 @@ def test_classes_confusions_and_examples_by_loops(tmp_path, grouped) -> None:
     place, cosine = nearest_of_class(found, rows)
     assert place.tolist() == mates.argmax(axis=1)[rows].tolist()
     np.testing.assert_allclose(cosine, mates.max(axis=1)[rows])
+    with monkeypatch.context() as patch:  # two queries at a time
+        patch.setattr("embedlab.retrieval.findings._BLOCK", 2 * 8 * (5 + held.vectors.shape[1]))
+        assert nearest_of_class(found, rows)[0].tolist() == place.tolist()
     shown = examples(found, each=4, seed=1)
     margins = (scores.max(axis=1) - mates.max(axis=1))[rows]
     worst: dict[str, int] = {}
@@ -343,6 +347,21 @@ def test_classes_confusions_and_examples_by_loops(tmp_path, grouped) -> None:
     assert [one.margin for one in shown["worst"]] == pytest.approx(
         [by_row[one.query] for one in shown["worst"]], abs=1e-6
     )
+
+
+def test_the_nearest_of_large_classes_are_found_in_bounded_memory(tmp_path, monkeypatch) -> None:
+    held = people(2, 1000, 1.3)
+    found = evaluate(
+        stored_subject(str(stored(tmp_path / "v", held))), Plan(path=str(tmp_path / "v"), verification=False)
+    )
+    found = replace(found, groups=[f"camera {row % 7}" for row in range(2000)])
+    rows = np.arange(2000)
+    monkeypatch.setattr("embedlab.retrieval.findings._BLOCK", 1 << 20)
+    tracemalloc.start()
+    nearest_of_class(found, rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20  # all cosines of one class take 8 MiB
 
 
 def test_an_example_shows_as_many_as_groups_leave(tmp_path) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from embedlab._types import Ids
-from embedlab.retrieval.evaluation import Evaluation, Floats
+from embedlab.retrieval.evaluation import Evaluation, Floats, Groups
+
+_BLOCK = 32 << 20  # bytes of vectors and cosines of some queries that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -205,23 +207,33 @@ def nearest_of_class(found: Evaluation, rows: Ids) -> tuple[Ids, Floats]:
     names, codes = np.unique(np.array(found.searched_labels, dtype=object), return_inverse=True)
     parts = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
     members_of = dict(zip(names.tolist(), parts, strict=True))
-    sides = found.groups if isinstance(found.groups, tuple) else (found.groups, found.groups)
-    own, others = (np.array(side, dtype=object) for side in sides)
+    own, others = _numbered_groups(found.groups)
     asking: dict[str, list[int]] = {}
     for number, row in enumerate(rows.tolist()):
         asking.setdefault(found.labels[row], []).append(number)
     for label, numbers in asking.items():
         members = members_of[label]
-        mine = rows[numbers]
-        unit = [_unit(side.embeddings.vectors[part]) for side, part in ((found.query, mine), (found.searched, members))]
-        scores = unit[0] @ unit[1].T
-        if found.reference is None:
-            scores[mine[:, None] == members] = -np.inf
-        if found.groups is not None:
-            scores[own[mine][:, None] == others[members]] = -np.inf
-        best = scores.argmax(axis=1)
-        place[numbers], cosine[numbers] = members[best], scores[np.arange(len(mine)), best]
+        unit = _unit(found.searched.embeddings.vectors[members])
+        step = max(1, _BLOCK // (8 * sum(unit.shape)))
+        for start in range(0, len(numbers), step):
+            asked = numbers[start : start + step]
+            mine = rows[asked]
+            scores = _unit(found.query.embeddings.vectors[mine]) @ unit.T
+            if found.reference is None:
+                scores[mine[:, None] == members] = -np.inf
+            if found.groups is not None:
+                scores[own[mine][:, None] == others[members]] = -np.inf
+            best = scores.argmax(axis=1)
+            place[asked], cosine[asked] = members[best], scores[np.arange(len(mine)), best]
     return place, cosine
+
+
+def _numbered_groups(groups: Groups) -> tuple[Ids, Ids]:
+    """Of each query and each row that is searched; empty without groups."""
+    own, others = groups if isinstance(groups, tuple) else (groups or [], groups or [])
+    number = {name: place for place, name in enumerate(dict.fromkeys([*own, *others]))}
+    first, second = (np.array([number[name] for name in side], dtype=np.int64) for side in (own, others))
+    return first, second
 
 
 def _unit(vectors: Any) -> Floats:
