@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from embedlab.metrics import (
+    _ranking,
     alignment,
     effective_rank,
     feature_std,
@@ -102,6 +103,29 @@ def test_health_of_known_shapes() -> None:
     line = sphere[:, :1] * np.ones((1, 64)) + 0  # both directions of one line
     assert effective_rank(line) == pytest.approx(1, rel=1e-6)
     assert hubness(np.random.default_rng(0).normal(size=(500, 200)), k=5) > hubness(sphere[:500, :2], k=5)
+
+
+def test_health_of_long_vectors_is_measured_in_bounded_memory(monkeypatch) -> None:
+    for module in (health_module, _ranking):
+        monkeypatch.setattr(module, "BUDGET", 1 << 20)
+    vectors = cloud(256, 20_000)
+    exponents = -2 * pdist(unit(vectors), "sqeuclidean")
+    tracemalloc.start()
+    found = uniformity(vectors)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 << 20  # all in float64: 39 MiB
+    assert found == pytest.approx(math.log(np.exp(exponents).mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize("row", [0, 99, 199])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_effective_rank_refuses_what_is_not_finite_in_any_block(row, value, monkeypatch) -> None:
+    monkeypatch.setattr(health_module, "BUDGET", 8 * 7 * 50)  # blocks of 50 rows
+    vectors = cloud(200)
+    vectors[row, 3] = value
+    with pytest.raises(ValueError, match="needs finite numbers that are not all zero, got NaN or inf"):
+        effective_rank(vectors)
 
 
 def test_torch_and_half_precision_come_in() -> None:

@@ -61,7 +61,8 @@ def effective_rank(vectors: Any) -> float:
     dim = values.shape[1]
     step = max(dim, BUDGET // (8 * dim))
     blocks = [slice(start, start + step) for start in range(0, len(values), step)]
-    largest = max(float(np.abs(values[block].astype(np.float64)).max()) for block in blocks)
+    # of NumPy: Python's max passes over NaN
+    largest = float(np.max([np.abs(values[block].astype(np.float64)).max() for block in blocks]))
     if not np.isfinite(largest) or largest == 0:
         raise ValueError(
             "effective_rank needs finite numbers that are not all zero, got "
@@ -130,7 +131,7 @@ def uniformity(vectors: Any, *, t: float = 2.0) -> float:
     if len(rows) < 2:
         raise ValueError("uniformity is a mean over pairs and needs at least 2 vectors, got 1.")
     nearest, total = -np.inf, 0.0  # relative to the largest exponent: exp(-4 t) underflows for a large t
-    side = max(1, int(np.sqrt(BUDGET / 8)))
+    side = max(1, min(int(np.sqrt(BUDGET / 8)), BUDGET // (16 * rows.dim)))
     for start in range(0, len(rows), side):
         block = rows.unit(slice(start, start + side))
         for other in range(start, len(rows), side):
