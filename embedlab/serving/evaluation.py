@@ -9,8 +9,9 @@ import numpy as np
 
 from embedlab.metrics import open_set_curve
 from embedlab.retrieval.comparison import TOO_FEW, VERDICT
-from embedlab.retrieval.evaluation import Evaluation
+from embedlab.retrieval.evaluation import Evaluation, Verification
 from embedlab.retrieval.findings import class_figures
+from embedlab.retrieval.open_set import OpenSetReport
 from embedlab.retrieval.robustness import FIGURES, mean_of
 from embedlab.serving.evaluation_pictures import (
     CONFUSIONS,
@@ -435,6 +436,30 @@ def _group(first: Evaluation) -> str:
 
 def _verification(found: Sequence[Evaluation], seen: int) -> Html:
     shown = [(number, one.name, one.verification) for number, one in enumerate(found) if one.verification]
+    report, sample = shown[0][2].report, shown[0][2].pairs
+    drawn = len(sample.genuine) < sample.genuine_total or len(sample.impostors) < sample.impostors_total
+    return section(
+        "Verification",
+        tag(
+            "p",
+            f"Are two images of the same identity? Curves are over all {report.genuine:,} genuine and "
+            f"{report.impostors:,} impostor pairs, drawn through at most some hundred of their points"
+            + (
+                f"; distributions and intervals are of {len(sample.genuine):,} and {len(sample.impostors):,} pairs "
+                "drawn by seed."
+                if drawn
+                else "; distributions and intervals are of the same pairs."
+            ),
+            class_="quiet",
+        ),
+        tag("div", [*_pair_curves(shown), *_cosines(shown, seen)], class_="charts"),
+        _rates(found[:seen]),
+        name="verification",
+    )
+
+
+def _pair_curves(shown: Sequence[tuple[int, str, Verification]]) -> list[Html]:
+    """ROC, DET and precision over recall, of all encoders in each; words are on the first."""
     roc, det, recall = [], [], []
     for number, name, pairs in shown:
         tone, dashed = _tone_of(number)
@@ -447,9 +472,8 @@ def _verification(found: Sequence[Evaluation], seen: int) -> Html:
         steps = zip(tar[1:], curve.precision.tolist()[1:], strict=True)
         recall.append(Line(name, [(t, p) for t, p in steps if p == p], tone, dashed))
     report = shown[0][2].report
-    sample = shown[0][2].pairs
     far_axis = Axis("false accept rate", log=True)
-    charts = [
+    return [
         line_chart(
             roc,
             x=far_axis,
@@ -471,42 +495,27 @@ def _verification(found: Sequence[Evaluation], seen: int) -> Html:
             narrow=True,
             description=f"Precision over recall of pairs, average precision {report.average_precision:.4f}",
         ),
-        *(
-            line_chart(
-                _distributions(*pairs.scores, ("genuine pairs", "impostor pairs")),
-                x=Axis("cosine"),
-                y=Axis(
-                    "distribution of cosines" + (f": {name}" if len(shown) > 1 else ""),
-                    percent=True,
-                    low=0.0,
-                    values=False,
-                ),
-                mark=(pairs.report.eer_threshold, f"EER {pairs.report.eer_threshold:.3f}"),
-                narrow=True,
-                description="Cosines of genuine and impostor pairs, each with an area of one",
-            )
-            for _, name, pairs in shown[:seen]
-        ),
     ]
-    drawn = len(sample.genuine) < sample.genuine_total or len(sample.impostors) < sample.impostors_total
-    return section(
-        "Verification",
-        tag(
-            "p",
-            f"Are two images of the same identity? Curves are over all {report.genuine:,} genuine and "
-            f"{report.impostors:,} impostor pairs, drawn through at most some hundred of their points"
-            + (
-                f"; distributions and intervals are of {len(sample.genuine):,} and {len(sample.impostors):,} pairs "
-                "drawn by seed."
-                if drawn
-                else "; distributions and intervals are of the same pairs."
+
+
+def _cosines(shown: Sequence[tuple[int, str, Verification]], seen: int) -> list[Html]:
+    """Distributions of both kinds of pairs, a chart for each encoder."""
+    return [
+        line_chart(
+            _distributions(*pairs.scores, ("genuine pairs", "impostor pairs")),
+            x=Axis("cosine"),
+            y=Axis(
+                "distribution of cosines" + (f": {name}" if len(shown) > 1 else ""),
+                percent=True,
+                low=0.0,
+                values=False,
             ),
-            class_="quiet",
-        ),
-        tag("div", charts, class_="charts"),
-        _rates(found[:seen]),
-        name="verification",
-    )
+            mark=(pairs.report.eer_threshold, f"EER {pairs.report.eer_threshold:.3f}"),
+            narrow=True,
+            description="Cosines of genuine and impostor pairs, each with an area of one",
+        )
+        for _, name, pairs in shown[:seen]
+    ]
 
 
 def _distributions(
@@ -553,38 +562,6 @@ def _rates(found: Sequence[Evaluation]) -> Html:
 def _open_set(found: Sequence[Evaluation]) -> Html:
     first = found[0].open_set
     assert first is not None
-    probed = first.probed
-    named, strangers = probed.scores[probed.known & probed.right], probed.scores[~probed.known]
-    charts = []
-    if len(named) and len(strangers):
-        charts.append(
-            line_chart(
-                _distributions(named, strangers, ("enrolled, best identity right", "strangers")),
-                x=Axis("best score of a probe"),
-                y=Axis("distribution of scores", percent=True, low=0.0, values=False),
-                mark=(first.threshold, f"threshold {first.threshold:.3f}"),
-                narrow=True,
-                description="Best scores of enrolled and of strangers with the calibrated threshold",
-            )
-        )
-        lines = []
-        for number, one in enumerate(found):
-            if one.open_set is None:
-                continue
-            tone, dashed = _tone_of(number)
-            rates = open_set_curve(one.open_set.probed.scores, one.open_set.probed.right, one.open_set.probed.known)
-            points = list(zip(rates[0].tolist(), (1 - rates[1]).tolist(), strict=True))
-            lines.append(Line(one.name, _every(points, CURVE), tone, dashed))
-        charts.append(
-            line_chart(
-                lines,
-                x=Axis("strangers let in (FPIR), by probe", percent=True, low=0.0),
-                y=Axis("enrolled named right, by probe", percent=True, low=0.0),
-                mark=(first.target_fpir, f"promised {first.target_fpir:.1%}"),
-                narrow=True,
-                description="Detection and identification rate over the false-positive identification rate",
-            )
-        )
     kept = first.observed_fpir is None or first.observed_fpir <= first.target_fpir
     trial = found[0].figures["open_set"]
     badge = tag("span", "kept" if kept else "exceeded on these strangers", class_=f"badge {'good' if kept else 'warn'}")
@@ -609,9 +586,43 @@ def _open_set(found: Sequence[Evaluation]) -> Html:
             else "",
             class_="quiet",
         ),
-        tag("div", charts, class_="charts"),
+        tag("div", _open_set_charts(found, first), class_="charts"),
         name="open-set",
     )
+
+
+def _open_set_charts(found: Sequence[Evaluation], first: OpenSetReport) -> list[Html]:
+    """The first encoder's scores, and the rates of all; none without probes of both kinds."""
+    probed = first.probed
+    named, strangers = probed.scores[probed.known & probed.right], probed.scores[~probed.known]
+    if not len(named) or not len(strangers):
+        return []
+    lines = []
+    for number, one in enumerate(found):
+        if one.open_set is None:
+            continue
+        tone, dashed = _tone_of(number)
+        rates = open_set_curve(one.open_set.probed.scores, one.open_set.probed.right, one.open_set.probed.known)
+        points = list(zip(rates[0].tolist(), (1 - rates[1]).tolist(), strict=True))
+        lines.append(Line(one.name, _every(points, CURVE), tone, dashed))
+    return [
+        line_chart(
+            _distributions(named, strangers, ("enrolled, best identity right", "strangers")),
+            x=Axis("best score of a probe"),
+            y=Axis("distribution of scores", percent=True, low=0.0, values=False),
+            mark=(first.threshold, f"threshold {first.threshold:.3f}"),
+            narrow=True,
+            description="Best scores of enrolled and of strangers with the calibrated threshold",
+        ),
+        line_chart(
+            lines,
+            x=Axis("strangers let in (FPIR), by probe", percent=True, low=0.0),
+            y=Axis("enrolled named right, by probe", percent=True, low=0.0),
+            mark=(first.target_fpir, f"promised {first.target_fpir:.1%}"),
+            narrow=True,
+            description="Detection and identification rate over the false-positive identification rate",
+        ),
+    ]
 
 
 def _classes(found: Evaluation) -> Html:

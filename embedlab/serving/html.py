@@ -225,6 +225,59 @@ class _Scale:
         return _tick(step, self.axis.percent)
 
 
+class _Frame:
+    """Where values lie in a chart whose scales hold all points of some lines, and the mark."""
+
+    def __init__(self, lines: Sequence[Line], across: Axis, up: Axis, mark: float | None, wide: int) -> None:
+        points = [point for line in lines for point in (*line.points, *((p[0], h) for p in line.band for h in p[1:]))]
+        if not points:
+            raise ValueError("line_chart needs at least one point, got none.")
+        self.across = _Scale(across, [point[0] for point in points] + ([] if mark is None else [mark]))
+        self.up = _Scale(up, [point[1] for point in points])
+        self.wide = wide
+
+    def x(self, value: float) -> float:
+        return LEFT + (self.wide - LEFT - RIGHT) * self.across.share(value)
+
+    def y(self, value: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - self.up.share(value))
+
+    def places(self, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        """Those that can be shown."""
+        return [(self.x(x), self.y(y)) for x, y in points if self.across.shows(x) and self.up.shows(y)]
+
+    def steps(self) -> list[Html]:
+        """Lines across with their values, and the values below."""
+        ladder = [
+            joined(
+                tag("line", x1=LEFT, x2=self.wide - RIGHT, y1=_units(level), y2=_units(level), class_="axis"),
+                tag("text", self.up.label(rung), x=LEFT - 8, y=_units(level + 4), text_anchor="end"),
+            )
+            for rung in self.up.steps
+            for level in [self.y(rung)]
+        ]
+        return ladder + [
+            tag("text", self.across.label(step), x=_units(self.x(step)), y=HEIGHT - BOTTOM + 22, text_anchor="middle")
+            for step in self.across.steps
+        ]
+
+    def draw(self, line: Line) -> list[Html]:
+        """Its band, the area under it, itself and its dots."""
+        drawn, there = [], self.places(line.points)
+        edge = self.places([(p[0], p[2]) for p in line.band]) + self.places([(p[0], p[1]) for p in line.band])[::-1]
+        if edge:
+            drawn.append(tag("path", d=_path(edge) + "Z", class_=f"area tone-{line.tone}"))
+        if line.filled and there:
+            bottom = float(HEIGHT - BOTTOM)
+            area = [(there[0][0], bottom), *there, (there[-1][0], bottom)]
+            drawn.append(tag("path", d=_path(area) + "Z", class_=f"area tone-{line.tone}"))
+        if there:
+            drawn.append(tag("path", d=_path(there), class_=_tone(line)))
+        if line.dots:
+            drawn += [tag("circle", cx=_units(x), cy=_units(y), r=4, class_=f"dot tone-{line.tone}") for x, y in there]
+        return drawn
+
+
 def line_chart(
     lines: Sequence[Line],
     *,
@@ -245,68 +298,32 @@ def line_chart(
         percent: Whether y, if it is a title, is a share, shown as percent.
         description: For those who cannot see it.
         narrow: For two charts side by side.
+
+    Raises:
+        ValueError: No point at all.
     """
-    across_axis = x if isinstance(x, Axis) else Axis(x)
-    up_axis = y if isinstance(y, Axis) else Axis(y, percent=percent, low=0.0)
-    points = [point for line in lines for point in (*line.points, *((p[0], h) for p in line.band for h in p[1:]))]
-    if not points:
-        raise ValueError("line_chart needs at least one point, got none.")
-    across = _Scale(across_axis, [point[0] for point in points] + ([] if mark is None else [mark[0]]))
-    up = _Scale(up_axis, [point[1] for point in points])
-    wide, high = (460 if narrow else WIDTH), HEIGHT
-
-    def place(value: tuple[float, float]) -> tuple[float, float]:
-        return (
-            LEFT + (wide - LEFT - RIGHT) * across.share(value[0]),
-            TOP + (high - TOP - BOTTOM) * (1 - up.share(value[1])),
-        )
-
-    floor = 10.0**up.low if up_axis.log else up.low
-    first = 10.0**across.low if across_axis.log else across.low
-    ladder = [
-        joined(
-            tag("line", x1=LEFT, x2=wide - RIGHT, y1=_units(level), y2=_units(level), class_="axis"),
-            tag("text", up.label(rung), x=LEFT - 8, y=_units(level + 4), text_anchor="end"),
-        )
-        for rung in up.steps
-        for level in [place((first, rung))[1]]
-    ]
-    ticks = [
-        tag("text", across.label(step), x=_units(place((step, floor))[0]), y=high - BOTTOM + 22, text_anchor="middle")
-        for step in across.steps
-    ]
-
-    def shown(some: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-        return [place(point) for point in some if across.shows(point[0]) and up.shows(point[1])]
-
-    drawn = []
-    for line in lines:
-        there = shown(line.points)
-        edge = shown([(p[0], p[2]) for p in line.band]) + shown([(p[0], p[1]) for p in line.band])[::-1]
-        if edge:
-            drawn.append(tag("path", d=_path(edge) + "Z", class_=f"area tone-{line.tone}"))
-        if line.filled and there:
-            bottom = place((first, floor))[1]
-            area = [(there[0][0], bottom), *there, (there[-1][0], bottom)]
-            drawn.append(tag("path", d=_path(area) + "Z", class_=f"area tone-{line.tone}"))
-        if there:
-            drawn.append(tag("path", d=_path(there), class_=_tone(line)))
-        if line.dots:
-            drawn += [tag("circle", cx=_units(x), cy=_units(y), r=4, class_=f"dot tone-{line.tone}") for x, y in there]
+    across = x if isinstance(x, Axis) else Axis(x)
+    up = y if isinstance(y, Axis) else Axis(y, percent=percent, low=0.0)
+    wide = 460 if narrow else WIDTH
+    frame = _Frame(lines, across, up, None if mark is None else mark[0], wide)
     drawing = tag(
         "svg",
         tag("title", description) if description else None,
-        ladder,
-        ticks,
-        tag("text", across_axis.title, x=(LEFT + wide - RIGHT) / 2, y=high - 8, text_anchor="middle"),
-        drawn,
-        None if mark is None else _mark(place((mark[0], floor))[0], mark[1], (LEFT + wide) / 2, high),
+        frame.steps(),
+        tag("text", across.title, x=(LEFT + wide - RIGHT) / 2, y=HEIGHT - 8, text_anchor="middle"),
+        [frame.draw(line) for line in lines],
+        None if mark is None else _mark(frame.x(mark[0]), mark[1], (LEFT + wide) / 2),
         class_="chart narrow" if narrow else "chart",
-        viewBox=f"0 0 {wide} {high}",
+        viewBox=f"0 0 {wide} {HEIGHT}",
         role="img",
-        aria_label=description or up_axis.title,
+        aria_label=description or up.title,
     )
-    legend = [
+    title = tag("div", up.title, class_="chart-title") if isinstance(y, Axis) else None
+    return tag("div", title, drawing, _legend(lines), class_="drawing")
+
+
+def _legend(lines: Sequence[Line]) -> Html:
+    entries = [
         tag(
             "li",
             tag(
@@ -316,14 +333,13 @@ def line_chart(
         )
         for line in lines
     ]
-    title = tag("div", up_axis.title, class_="chart-title") if isinstance(y, Axis) else None
-    return tag("div", title, drawing, tag("ul", legend, class_="legend"), class_="drawing")
+    return tag("ul", entries, class_="legend")
 
 
-def _mark(where: float, text: str, middle: float, high: int) -> Html:
+def _mark(where: float, text: str, middle: float) -> Html:
     left = where > middle
     return joined(
-        tag("line", x1=_units(where), x2=_units(where), y1=TOP, y2=high - BOTTOM, class_="mark"),
+        tag("line", x1=_units(where), x2=_units(where), y1=TOP, y2=HEIGHT - BOTTOM, class_="mark"),
         tag(
             "text",
             text,
