@@ -14,7 +14,7 @@ from embedlab.cli import main
 from embedlab.data import DEGRADATIONS, Degrade, ImageData, Source, Views, degrade
 from embedlab.data.degradations import SEVERITIES, _normal
 from embedlab.encoders import Encoder, ResNet
-from embedlab.retrieval.evaluation import evaluate_open_set, evaluate_retrieval
+from embedlab.retrieval.evaluation import evaluate_open_set, retrieval_figures
 from embedlab.retrieval.robustness import CLEAN, embed_degraded, evaluate_robustness
 from embedlab.serving.pictures import draw_robustness
 from tests.naive import naive_hits, naive_matches_of_others, naive_rankings
@@ -275,8 +275,8 @@ def test_without_degradation_the_figures_are_those_of_the_plain_evaluation() -> 
         report, per_query = evaluate_robustness(clean, {("blur", 1): clean}, reference, strangers(), fpir=0.06)
         assert per_query["all"]["recall_at_1"].mean() == pytest.approx(report["rows"][0]["recall_at_1"])
         first, second = report["rows"]
-        plain = evaluate_retrieval(clean, reference)
-        trial = evaluate_open_set(clean, strangers(), reference, fpir=0.06)
+        plain, _ = retrieval_figures(clean, reference)
+        trial, _ = evaluate_open_set(clean, strangers(), reference, fpir=0.06)
         for row in (first, second):
             assert {name: row[name] for name in plain} == plain
             assert row["open_set"] == trial

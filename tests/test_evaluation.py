@@ -30,7 +30,7 @@ from embedlab.data import open_source
 from embedlab.encoders import Encoder, LinearHead, ResNet
 from embedlab.retrieval import write_embeddings
 from embedlab.retrieval.comparison import compare, to_text
-from embedlab.retrieval.evaluation import Plan, evaluate, evaluate_retrieval
+from embedlab.retrieval.evaluation import Plan, evaluate, retrieval_figures
 from embedlab.retrieval.findings import class_figures, confusions, examples, nearest_of_class
 from embedlab.retrieval.subjects import Subject, short_names, stored_subject
 from embedlab.serving import evaluation, evaluation_pictures
@@ -530,7 +530,7 @@ def test_a_recall_is_at_least_that_of_smaller_depths() -> None:
     vectors = np.repeat(np.eye(5), 4, axis=0) + 0.01 * np.random.default_rng(0).standard_normal((20, 5))
     vectors[0, :2] = 0.7, 0.75  # nearer to the four of the second identity than to its own
     held = Embeddings(vectors.astype(np.float32), [f"p{row // 4}" for row in range(20)], np.arange(20))
-    found = evaluate_retrieval(held)
+    found, _ = retrieval_figures(held)
     lows = [low for low, _ in found["cmc_intervals"]]
     assert found["cmc"][0] < 1 == found["cmc"][4]
     assert lows == sorted(lows)

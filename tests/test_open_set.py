@@ -5,7 +5,7 @@ import pytest
 
 from embedlab._types import Embeddings
 from embedlab.retrieval import Gallery, evaluate_gallery
-from embedlab.retrieval.evaluation import evaluate_open_set, evaluate_retrieval, table
+from embedlab.retrieval.evaluation import evaluate_open_set, retrieval_figures, table
 from embedlab.retrieval.open_set import choose_templates, halve_identities, open_set_trial, take
 
 
@@ -23,7 +23,7 @@ def names(kind: str, count: int) -> list[str]:
 
 def test_a_clear_case_is_solved_and_every_count_is_right() -> None:
     query, strangers = people(names("a", 40), 6), people(names("b", 80), 3, seed=1)
-    report = evaluate_open_set(query, strangers, fpir=0.05, templates=2)
+    report, _ = evaluate_open_set(query, strangers, fpir=0.05, templates=2)
     assert report["enrolled"] == report["strangers"] == 20
     assert report["genuine_probes"] == 20 * 4
     assert report["stranger_probes"] == 20 * 6
@@ -100,11 +100,11 @@ def test_promise_holds_over_many_trials() -> None:
 
 def test_retrieval_figures_and_their_table() -> None:
     query, reference = people(names("a", 10), 3), people(names("a", 10), 5)
-    report = evaluate_retrieval(query, reference, knn_k=200)
+    report, _ = retrieval_figures(query, reference, knn_k=200)
     assert report["recall_at_1"] == 1
     assert report["knn_k"] == 50
     assert report["identities"] == 10
-    alone = evaluate_retrieval(query, knn_k=2)
+    alone, _ = retrieval_figures(query, knn_k=2)
     assert (alone["knn_k"], alone["knn_accuracy"]) == (2, 1)
     text = table({"ours": report, "other": {"recall_at_1": 0.5}}, ["recall_at_1", "knn_accuracy"])
     perfect = [
@@ -115,4 +115,4 @@ def test_retrieval_figures_and_their_table() -> None:
     assert text.splitlines()[1].split()[:4] == ["ours", *perfect]
     assert text.splitlines()[2].split() == ["other", "0.500", "-"]
     with pytest.raises(ValueError, match="The query images have no labels"):
-        evaluate_retrieval(Embeddings(query.vectors, None, query.ids))
+        retrieval_figures(Embeddings(query.vectors, None, query.ids))

@@ -222,8 +222,9 @@ def evaluate(subject: Subject, plan: Plan) -> Evaluation:
     trial, calibration = None, None
     if plan.open_set:
         calibration = subject.read(plan.calibrate or plan.path, plan.calibrate_select)
-        figures["open_set"], trial = _open_set(
-            query.embeddings, calibration.embeddings, others, plan.fpir, plan.templates, plan.seed
+        strangers = calibration.embeddings
+        figures["open_set"], trial = evaluate_open_set(
+            query.embeddings, strangers, others, fpir=plan.fpir, templates=plan.templates, seed=plan.seed
         )
     return Evaluation(
         subject, plan, query, reference, figures, per_query, nearest, cosines, verification, trial, groups, calibration
@@ -331,9 +332,9 @@ def _refuse_shared_images(query: Embeddings, reference: Embeddings | None) -> No
         )
 
 
-def evaluate_retrieval(
-    query: Embeddings, reference: Embeddings | None = None, *, knn_k: int = 20, groups: Groups = None
-) -> dict[str, Any]:
+def retrieval_figures(
+    query: Embeddings, reference: Embeddings | None = None, *, knn_k: int = 20, groups: Any = None
+) -> tuple[dict[str, Any], dict[str, Floats]]:
     """Recall@1/5/10, R-precision, MAP@R, the CMC curve and weighted k-NN accuracy.
 
     Args:
@@ -343,21 +344,10 @@ def evaluate_retrieval(
         groups: What is of the query's own group is not searched, see `embedlab.metrics.recall_at_k`.
 
     Returns:
-        The figures; `intervals` are 95 %, by resampling identities.
-    """
-    return retrieval_figures(query, reference, knn_k=knn_k, groups=groups)[0]
+        The figures; `intervals` are 95 %, by resampling identities. And the values of each query, (Q,) by name.
 
-
-def retrieval_figures(
-    query: Embeddings, reference: Embeddings | None = None, *, knn_k: int = 20, groups: Any = None
-) -> tuple[dict[str, Any], dict[str, Floats]]:
-    """As `evaluate_retrieval`, with each figure's values per query.
-
-    Args:
-        query: See `evaluate_retrieval`.
-        reference: See `evaluate_retrieval`.
-        knn_k: See `evaluate_retrieval`.
-        groups: See `evaluate_retrieval`.
+    Raises:
+        ValueError: No labels, groups that do not fit, a NaN or zero vector, no query with a match.
     """
     labels = _labels(query, "query")
     candidates = _most_candidates(query, reference, groups)
@@ -521,7 +511,7 @@ def evaluate_open_set(
     fpir: float,
     templates: int = 3,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], OpenSetReport]:
     """Enroll half of the queries' identities, refuse the other half at a threshold set on further strangers.
 
     Args:
@@ -531,13 +521,13 @@ def evaluate_open_set(
         fpir: Promised false-positive identification rate.
         templates: Enrolled images per identity, where there is no reference.
         seed: Of the halves and the templates.
+
+    Returns:
+        The figures, and the trial that they are of.
+
+    Raises:
+        ValueError: See `trial_roles`; too few strangers for the promise.
     """
-    return _open_set(query, strangers, reference, fpir, templates, seed)[0]
-
-
-def _open_set(
-    query: Embeddings, strangers: Embeddings, reference: Embeddings | None, fpir: float, templates: int, seed: int
-) -> tuple[dict[str, Any], OpenSetReport]:
     gallery, probing = trial_roles(query, strangers, reference, templates=templates, seed=seed)
     report = open_set_trial(gallery, take(query, probing), strangers, fpir=fpir)
     return trial_figures(report, gallery, seed), report
@@ -559,7 +549,12 @@ def trial_figures(report: OpenSetReport, gallery: Embeddings, seed: int) -> dict
 def trial_roles(
     query: Embeddings, strangers: Embeddings, reference: Embeddings | None, *, templates: int, seed: int
 ) -> tuple[Embeddings, Mask]:
-    """The templates of the enrolled half, and which queries are probes; arguments as in `evaluate_open_set`."""
+    """The templates of the enrolled half, and which queries are probes; arguments as in `evaluate_open_set`.
+
+    Raises:
+        ValueError: No labels, identities that are strangers and queries at once, fewer than two identities, or fewer
+            images of one than its templates and a probe.
+    """
     labels = _labels(query, "query")
     shared = sorted(set(labels) & set(_labels(strangers, "calibration")))
     if shared:

@@ -153,15 +153,15 @@ def evaluate_robustness(
         degraded: The same queries, row by row, by kind and severity; see `embed_degraded`.
         reference: Clean; None is leave-one-out, where a query searches the clean versions of all others.
         strangers: Clean; with them also the open-set trial, whose threshold they set once for all conditions.
-        knn_k: See `evaluate_retrieval`.
+        knn_k: See `retrieval_figures`.
         fpir: See `evaluate_open_set`, as for the other two.
         templates: Per identity, of the clean queries where there is no reference; the others are the probes.
         seed: Of the halves and templates.
-        groups: See `evaluate_retrieval`.
+        groups: See `retrieval_figures`.
 
     Returns:
         `rows`, the first one clean: `degradation`, `severity`, `strength`, `unit`, and the figures of
-        `evaluate_retrieval`, with `open_set` those of `evaluate_open_set`. `means`: per kind, and over all kinds under
+        `retrieval_figures`, with `open_set` those of `evaluate_open_set`. `means`: per kind, and over all kinds under
         "all", the mean over its severities; intervals are over identities here too, of each query's or identity's mean.
         And by kind and "all" the retrieval figures' means of each query.
     """
