@@ -1,4 +1,4 @@
-"""The loop that every embedder runs: images from anywhere, in chunks, to vectors with what they stand for."""
+"""The loop that encoders run, exported ones too: images from anywhere, in chunks, to vectors with what they mean."""
 
 from __future__ import annotations
 
@@ -50,6 +50,9 @@ def embed_images(
 
     Returns:
         Embeddings whose ids are row numbers of the input; labels and paths as far as the input has them.
+
+    Raises:
+        ValueError: A file that cannot be read under "stop", or more of them than `skip_limit` under "skip".
     """
     if isinstance(images, str | os.PathLike):
         images = [images]

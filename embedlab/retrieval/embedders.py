@@ -211,6 +211,9 @@ class OnnxEmbedder:
 
         Returns:
             (N, C, image_size, image_size) uint8 or float32 as it came.
+
+        Raises:
+            ValueError: Another shape or type, or floats for a network that takes uint8.
         """
         array = as_array(images)
         if self._type is np.uint8 and array.dtype != np.uint8:
@@ -263,6 +266,10 @@ class OnnxEmbedder:
 
         Returns:
             Embeddings whose ids are row numbers of the input; labels and paths as far as the input has them.
+
+        Raises:
+            ValueError: Another precision than float32, a file that cannot be read under "stop", more of them than
+                `skip_limit` under "skip", arrays that `preprocess` refuses.
         """
         if precision != "float32":
             raise ValueError(
@@ -470,7 +477,11 @@ def on_device(embedder: Any) -> Any:
 
 
 def image_paths(images: Any) -> list[str] | None:
-    """Paths as strings, or None if `images` is an array (or tensor) and so holds pixels."""
+    """Paths as strings, or None if `images` is an array (or tensor) and so holds pixels.
+
+    Raises:
+        ValueError: Neither paths nor one array (N, C, H, W).
+    """
     if isinstance(images, str | Path):
         return [str(images)]
     if isinstance(images, Sequence) and all(isinstance(image, str | Path) for image in images):

@@ -61,7 +61,11 @@ def write_embeddings(
 
 
 def refuse_taken(folder: Path, protocol: dict[str, Any], *, overwrite: bool) -> None:
-    """Raise unless embeddings with this protocol may be stored here."""
+    """Raise unless embeddings with this protocol may be stored here.
+
+    Raises:
+        ValueError: Keys that `write_embeddings` fills in itself, or a folder with other content.
+    """
     reserved = {"format", "version", "dim", "count", "labels", "paths", "files", "digest"}
     if taken := sorted(reserved & protocol.keys()):
         raise ValueError(f"The protocol has the keys {taken}, which write_embeddings fills in itself; rename them.")

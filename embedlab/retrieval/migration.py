@@ -330,7 +330,11 @@ class _Work:
         return self.new if self.in_folder else self.target
 
     def refuse_taken(self) -> None:
-        """Raise where the result or the old gallery has no place to go."""
+        """Raise where the result or the old gallery has no place to go.
+
+        Raises:
+            ValueError: A backup of a migration before, or a target that is not empty.
+        """
         if not self.moves and self.backup.exists():
             raise ValueError(f"{self.backup} is there already, from a migration before; move it away or delete it.")
         if self.moves and isinstance(self.target, Path):

@@ -81,6 +81,9 @@ def stored_subject(path: str, labels: str | None = None, *, name: str = "vectors
         path: Of the queries; the protocol of stored embeddings says how they were made.
         labels: File with the labels of the queries, see `read_vectors`; other vectors bring their own.
         name: Of the row.
+
+    Raises:
+        ValueError: A protocol that is damaged or newer; when read, a `select`, or what `read_vectors` refuses.
     """
 
     def read(where: str, select: Where | None) -> Reading:
@@ -273,6 +276,9 @@ def _refuse_labels(labels: str | None, path: str) -> None:
 
 def short_names(first: str, second: str) -> tuple[str, str]:
     """What tells two paths apart.
+
+    Raises:
+        ValueError: The same path twice.
 
     Example:
         >>> short_names("runs/a/encoder", "runs/b/encoder")

@@ -57,6 +57,9 @@ def draw_decisions(path: str | Path, decisions: Sequence[Decision], *, title: st
         decisions: At least one; rows run down the first column of blocks, then the next.
         title: Over the sheet.
         columns: Blocks side by side.
+
+    Raises:
+        ValueError: No decision.
     """
     if not decisions:
         raise ValueError("draw_decisions needs at least one decision, got none.")
