@@ -11,7 +11,7 @@ from PIL import Image
 
 from embedlab._types import Embeddings
 from embedlab.cli import main
-from embedlab.data import FixedViews, ImageError
+from embedlab.data import FixedViews, ImageError, open_source
 from embedlab.encoders import Encoder, Pixels
 from embedlab.retrieval.oneshot import RunsError, draw_runs, evaluate_runs, read_runs
 
@@ -308,5 +308,13 @@ def test_the_recipe_learns_from_whatever_alphabets_there_are(characters: Path, t
     assert not encoder.trained_on("Few/character01")
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found))
     assert oneshot.main([str(characters), "--hold", "Few", "--out", str(out), *more]) == found
+    told = oneshot.fine_error(pixels(), open_source(str(characters)), times=2, ways=2)
+    assert told == {"Bars": 0, "Few": 0, "Holes": 0}
+    upside_down = [name for name in sorted(characters.rglob("*_02.png")) if name.parts[-3] == "Bars"]
+    contents = [name.read_bytes() for name in upside_down]
+    for name, content in zip(upside_down, contents[::-1], strict=True):
+        name.write_bytes(content)  # one drawer of three draws each bar in the place of another
+    told = oneshot.fine_error(pixels(), open_source(str(characters)), times=2, ways=4)
+    assert told == {"Bars": pytest.approx(4 / 6), "Few": 0, "Holes": 0}
     with pytest.raises(SystemExit, match="was made by another command or recipe than the one asked for now"):
         oneshot.main([str(characters), "--hold", "Bars", "--out", str(out), *more])
