@@ -281,3 +281,11 @@ def test_fit_leaves_the_identities_behind(tmp_path) -> None:
     encoder = Encoder.load(tmp_path / "encoder")
     assert encoder.identities == {identity_hash(label) for label in source.class_names[: source.num_classes]}
     assert len(encoder.identities) == source.num_classes > 0
+
+
+def test_a_gallery_takes_a_list_of_tensors_of_any_type(tmp_path) -> None:
+    rows = torch.eye(4)
+    with Gallery.create(tmp_path / "g", dim=4) as gallery:
+        for name, made in (("half", rows.bfloat16()), ("learnt", rows.clone().requires_grad_())):
+            gallery.enroll(embeddings=list(made), labels=[f"{name} {number}" for number in range(4)])
+        np.testing.assert_array_equal(gallery.embeddings().vectors, np.tile(np.eye(4), (2, 1)))

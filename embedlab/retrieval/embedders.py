@@ -496,7 +496,9 @@ def image_paths(images: Any) -> list[str] | None:
 
 
 def as_array(values: Any) -> np.ndarray[Any, Any]:
-    """A NumPy array from an array, a nested list or a torch tensor on any device."""
+    """A NumPy array from an array, a nested list or a torch tensor on any device, or a list of them."""
+    if isinstance(values, list | tuple) and values and hasattr(values[0], "detach"):
+        values = [as_array(value) for value in values]  # NumPy takes neither bfloat16 nor gradients
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         values = values.float().numpy() if values.is_floating_point() else values.numpy()
