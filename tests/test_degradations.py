@@ -1,4 +1,6 @@
 import json
+import tracemalloc
+import weakref
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,7 +15,8 @@ from embedlab._ops import keyed_uniform
 from embedlab.cli import main
 from embedlab.data import DEGRADATIONS, Degrade, ImageData, Source, Views, degrade
 from embedlab.data.degradations import SEVERITIES, _normal
-from embedlab.encoders import Encoder, ResNet
+from embedlab.encoders import Encoder, Pixels, ResNet
+from embedlab.retrieval import robustness
 from embedlab.retrieval.evaluation import evaluate_open_set, retrieval_figures
 from embedlab.retrieval.robustness import CLEAN, embed_degraded, evaluate_robustness
 from embedlab.serving.pictures import draw_robustness
@@ -272,7 +275,7 @@ def test_without_degradation_the_figures_are_those_of_the_plain_evaluation() -> 
     """Leave-one-out in its two forms, with a reference, and the open-set trial."""
     clean, searched = embeddings(), embeddings(60, seed=1)
     for reference in (None, searched):
-        report, per_query = evaluate_robustness(clean, {("blur", 1): clean}, reference, strangers(), fpir=0.06)
+        report, per_query = evaluate_robustness(clean, [(("blur", 1), clean)], reference, strangers(), fpir=0.06)
         assert per_query["all"]["recall_at_1"].mean() == pytest.approx(report["rows"][0]["recall_at_1"])
         first, second = report["rows"]
         plain, _ = retrieval_figures(clean, reference)
@@ -290,7 +293,7 @@ def test_without_degradation_the_figures_are_those_of_the_plain_evaluation() -> 
 
 def test_leave_one_out_searches_the_clean_others() -> None:
     clean, worse = embeddings(), embeddings(noise=1.5, seed=2)
-    row = evaluate_robustness(clean, {("blur", 2): worse})[0]["rows"][1]
+    row = evaluate_robustness(clean, [(("blur", 2), worse)])[0]["rows"][1]
     recall, votes = naive_matches_of_others(worse.vectors, clean.vectors, clean.labels, knn_k=20)
     assert row["recall_at_1"] == pytest.approx(recall)
     assert row["knn_accuracy"] == pytest.approx(votes)
@@ -300,7 +303,7 @@ def test_leave_one_out_searches_the_clean_others() -> None:
 def test_leave_one_out_of_degraded_queries_leaves_out_the_own_group() -> None:
     clean, worse = embeddings(), embeddings(noise=1.5, seed=2)
     groups = [f"camera {row % 3}" for row in range(len(clean))]
-    row = evaluate_robustness(clean, {("blur", 2): worse}, groups=groups)[0]["rows"][1]
+    row = evaluate_robustness(clean, [(("blur", 2), worse)], groups=groups)[0]["rows"][1]
     hits = naive_hits(naive_rankings(worse.vectors, clean.vectors, groups, groups), clean.labels, clean.labels)
     assert row["recall_at_1"] == pytest.approx(np.mean([hit[0] for hit in hits if any(hit)]))
     assert row["without_match"] == sum(not any(hit) for hit in hits)
@@ -309,7 +312,7 @@ def test_leave_one_out_of_degraded_queries_leaves_out_the_own_group() -> None:
 def test_means_are_over_severities_and_kinds() -> None:
     clean = embeddings()
     degraded = {(kind, level): embeddings(noise=level, seed=level) for kind in ("blur", "rain") for level in (1, 2)}
-    report, _ = evaluate_robustness(clean, degraded, None, strangers(), fpir=0.06)
+    report, _ = evaluate_robustness(clean, degraded.items(), None, strangers(), fpir=0.06)
     rows = {(row["degradation"], row["severity"]): row for row in report["rows"]}
     assert list(rows) == [CLEAN, *degraded]
     for name, members in {"blur": [("blur", 1), ("blur", 2)], "all": list(degraded)}.items():
@@ -319,6 +322,22 @@ def test_means_are_over_severities_and_kinds() -> None:
         assert mean["open_set"]["detection_rate"] == pytest.approx(found)
     thresholds = {row["open_set"]["threshold"] for row in report["rows"]}
     assert len(thresholds) == 1, "set once, in good conditions"
+
+
+def test_conditions_are_let_go_of_one_by_one() -> None:
+    seen, alive = [], []
+
+    def conditions():
+        for severity in SEVERITIES:
+            worse = embeddings(noise=severity, seed=severity)
+            seen.append(weakref.ref(worse.vectors))
+            yield ("blur", severity), worse
+            del worse
+            alive.append(sum(one() is not None for one in seen))
+
+    evaluate_robustness(embeddings(), conditions(), None, strangers(), fpir=0.06)
+    assert len(alive) == len(SEVERITIES)
+    assert max(alive) <= 1
 
 
 @pytest.fixture(scope="module")
@@ -343,13 +362,37 @@ def test_vectors_are_those_of_degraded_images_at_the_encoder_s_size(made) -> Non
     root, folder = made
     encoder, source = Encoder.load(folder), open_source(root)
     clean = encoder.embed(source)
-    found = embed_degraded(encoder, source, clean, names=["noise", "rain"], severities=[2, 5], seed=4)
+    found = dict(embed_degraded(encoder, source, clean, names=["noise", "rain"], severities=[2, 5], seed=4))
     assert list(found) == [("noise", 2), ("noise", 5), ("rain", 2), ("rain", 5)]
     pixels, rows, _ = source.read(None, 16)
     for (name, severity), one in found.items():
         wanted = encoder.embed(degrade(torch.from_numpy(pixels), torch.from_numpy(rows), name, severity, seed=4))
         np.testing.assert_allclose(one.vectors, wanted.vectors, atol=1e-6)
         assert (one.labels, one.paths) == (clean.labels, clean.paths)
+
+
+def test_vectors_of_few_conditions_are_held_and_images_decoded_once_for_each_few(monkeypatch) -> None:
+    images = np.ascontiguousarray(pictures(96, height=32, width=32).permute(0, 2, 3, 1).numpy())
+    encoder, source = Encoder(Pixels(32), image_size=32).eval(), Source.from_arrays(images)
+    clean = encoder.embed(source)
+    asked = {"names": ["noise", "rain"], "severities": [1, 2, 3, 4, 5], "seed": 4}
+    whole = {condition: one.vectors for condition, one in embed_degraded(encoder, source, clean, **asked)}
+    reads: list[int] = []
+    read = Source.read
+    monkeypatch.setattr(Source, "read", lambda *given, **named: reads.append(len(given[1])) or read(*given, **named))
+    monkeypatch.setattr(robustness, "_CHUNK", 48)
+    list(embed_degraded(encoder, source, clean, **asked))
+    assert reads == [48, 48], "what fits is decoded once for all"
+    reads.clear()
+    monkeypatch.setattr(robustness, "_HELD", 2 * clean.vectors.nbytes)
+    tracemalloc.start()
+    for condition, one in embed_degraded(encoder, source, clean, **asked):
+        np.testing.assert_array_equal(one.vectors, whole.pop(condition))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not whole
+    assert reads == 5 * [48, 48]
+    assert peak < 6 * clean.vectors.nbytes  # of ten conditions
 
 
 def test_the_command_measures_tells_and_draws(made, tmp_path, capsys) -> None:
@@ -430,7 +473,7 @@ def test_vectors_cannot_be_degraded(tmp_path, capsys) -> None:
 
 def test_the_picture_shows_every_figure(tmp_path) -> None:
     degraded = {("blur", 1): embeddings(noise=1.0), ("haze", 1): embeddings(noise=1.4)}
-    report, _ = evaluate_robustness(embeddings(), degraded, None, strangers(), fpir=0.06)
+    report, _ = evaluate_robustness(embeddings(), degraded.items(), None, strangers(), fpir=0.06)
     draw_robustness(tmp_path / "all.svg", {"ours": report, "theirs": report})
     text = (tmp_path / "all.svg").read_text()
     for shown in ("ours", "theirs", "blur", "haze", "recall@1", "detection", "observed FPIR"):

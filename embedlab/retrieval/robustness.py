@@ -7,8 +7,10 @@ queries search all other pictures in their clean version, their own left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -37,6 +39,7 @@ Condition = tuple[str, int]  # kind and severity
 CLEAN: Condition = ("clean", 0)
 FIGURES = {"recall_at_1": "recall@1", "detection_rate": "detection", "observed_fpir": "observed FPIR"}
 _CHUNK = 512  # images that are decoded at a time and degraded in all ways before the next
+_HELD = 1 << 29  # bytes of vectors of several conditions; with fewer, images are decoded more often
 
 
 def embed_degraded(
@@ -50,8 +53,10 @@ def embed_degraded(
     batch_size: int = 128,
     precision: Literal["float32", "bfloat16"] = "float32",
     progress: bool = True,
-) -> dict[Condition, Embeddings]:
-    """Embed images under bad conditions, each image decoded once.
+) -> Iterator[tuple[Condition, Embeddings]]:
+    """Embed images under bad conditions, one after another.
+
+    Images are decoded once for as many conditions as have their vectors in half a gigabyte together.
 
     Images are degraded as the encoder sees them, decoded, made square and brought to its `image_size`: a severity then
     means the same for a thumbnail and a photograph of twenty megapixels.
@@ -67,8 +72,8 @@ def embed_degraded(
         precision: See `Encoder.embed`.
         progress: Show a bar on stderr when it takes longer than a second.
 
-    Returns:
-        For each kind and severity vectors in the order of `clean`, with its labels, ids and paths.
+    Yields:
+        Each kind and severity, and vectors in the order of `clean`, with its labels, ids and paths.
 
     Raises:
         ValueError: An unknown kind or severity.
@@ -78,22 +83,25 @@ def embed_degraded(
     from embedlab.data.degradations import chosen_kinds, chosen_severities, degrade
 
     conditions = [(name, severity) for name in chosen_kinds(names) for severity in chosen_severities(severities)]
-    vectors = {condition: np.empty_like(clean.vectors) for condition in conditions}
+    together = max(1, _HELD // max(1, clean.vectors.nbytes))
     with tqdm(total=len(clean) * len(conditions), desc="degraded", unit="img", delay=1, disable=not progress) as bar:
-        for start in range(0, len(clean), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            pixels, _, _ = source.read(clean.ids[rows], encoder.image_size, channels=encoder.channels, how=encoder.fit)
-            images, index = torch.from_numpy(pixels), torch.from_numpy(clean.ids[rows])
-            for name, severity in conditions:
-                found = encoder.embed(
-                    degrade(images, index, name, severity, seed=seed).numpy(),
-                    batch_size=batch_size,
-                    precision=precision,
-                    progress=False,
-                )
-                vectors[name, severity][rows] = found.vectors
-                bar.update(len(images))
-    return {condition: Embeddings(found, clean.labels, clean.ids, clean.paths) for condition, found in vectors.items()}
+        for first in range(0, len(conditions), together):
+            vectors = {condition: np.empty_like(clean.vectors) for condition in conditions[first : first + together]}
+            for start in range(0, len(clean), _CHUNK):
+                rows = slice(start, start + _CHUNK)
+                ids = clean.ids[rows]
+                pixels, _, _ = source.read(ids, encoder.image_size, channels=encoder.channels, how=encoder.fit)
+                images, index = torch.from_numpy(pixels), torch.from_numpy(ids)
+                for (name, severity), found in vectors.items():
+                    found[rows] = encoder.embed(
+                        degrade(images, index, name, severity, seed=seed).numpy(),
+                        batch_size=batch_size,
+                        precision=precision,
+                        progress=False,
+                    ).vectors
+                    bar.update(len(images))
+            for condition in list(vectors):  # whoever asks may let go of each before the next
+                yield condition, Embeddings(vectors.pop(condition), clean.labels, clean.ids, clean.paths)
 
 
 def with_degradations(found: Evaluation, how: ReadingOptions) -> Evaluation:
@@ -136,7 +144,7 @@ def with_degradations(found: Evaluation, how: ReadingOptions) -> Evaluation:
 
 def evaluate_robustness(
     clean: Embeddings,
-    degraded: Mapping[Condition, Embeddings],
+    degraded: Iterable[tuple[Condition, Embeddings]],
     reference: Embeddings | None = None,
     strangers: Embeddings | None = None,
     *,
@@ -150,7 +158,7 @@ def evaluate_robustness(
 
     Args:
         clean: The queries in good conditions.
-        degraded: The same queries, row by row, by kind and severity; see `embed_degraded`.
+        degraded: Kinds and severities, and the same queries, row by row; see `embed_degraded`. One is held at a time.
         reference: Clean; None is leave-one-out, where a query searches the clean versions of all others.
         strangers: Clean; with them also the open-set trial, whose threshold they set once for all conditions.
         knn_k: See `retrieval_figures`.
@@ -175,41 +183,40 @@ def evaluate_robustness(
         sides = groups
     rows: list[dict[str, Any]] = []
     values: dict[Condition, dict[str, Floats]] = {}
-    conditions = {CLEAN: clean, **degraded}
-    for (name, severity), query in conditions.items():
-        figures, values[name, severity] = retrieval_figures(query, searched, knn_k=knn_k, groups=sides)
-        kind = DEGRADATIONS.get(name)
-        strength = {"strength": kind.strengths[severity - 1], "unit": kind.unit} if kind else {}
-        rows.append({"degradation": name, "severity": severity, **strength, **figures})
-    per_query = _averaged(values, degraded)
+    rates: dict[Condition, dict[str, Floats]] = {}
+    if strangers is not None:
+        gallery, probing = trial_roles(clean, strangers, reference, templates=templates, seed=seed)
+    with nullcontext() if strangers is None else trial_gallery(gallery, strangers, fpir=fpir) as trial:
+        for condition, query in chain([(CLEAN, clean)], degraded):
+            name, severity = condition
+            figures, values[condition] = retrieval_figures(query, searched, knn_k=knn_k, groups=sides)
+            kind = DEGRADATIONS.get(name)
+            strength = {"strength": kind.strengths[severity - 1], "unit": kind.unit} if kind else {}
+            rows.append({"degradation": name, "severity": severity, **strength, **figures})
+            if trial is not None:
+                report = evaluate_gallery(trial, take(query, probing))
+                rates[condition] = report.probed.rates
+                rows[-1]["open_set"] = trial_figures(report, gallery, seed)
+    per_query = _averaged(values)
     means: dict[str, dict[str, Any]] = {
         group: {name: float(np.nanmean(each)) for name, each in found.items()}
         | {"intervals": intervals_of(found, clean.labels or [])}
         for group, found in per_query.items()
     }
-    if strangers is not None:
-        gallery, probing = trial_roles(clean, strangers, reference, templates=templates, seed=seed)
-        rates: dict[Condition, dict[str, Floats]] = {}
-        with trial_gallery(gallery, strangers, fpir=fpir) as opened:
-            for row, (condition, query) in zip(rows, conditions.items(), strict=True):
-                trial = evaluate_gallery(opened, take(query, probing))
-                rates[condition] = trial.probed.rates
-                row["open_set"] = trial_figures(trial, gallery, seed)
-        for group, found in _averaged(rates, degraded).items():
-            means[group]["open_set"] = {name: float(each.mean()) for name, each in found.items()} | {
-                "intervals": {name: rate_interval(each) for name, each in found.items()}
-            }
+    for group, found in (_averaged(rates) if rates else {}).items():
+        means[group]["open_set"] = {name: float(each.mean()) for name, each in found.items()} | {
+            "intervals": {name: rate_interval(each) for name, each in found.items()}
+        }
     return {"rows": rows, "means": means}, per_query
 
 
-def _averaged(
-    values: Mapping[Condition, Mapping[str, Floats]], conditions: Iterable[Condition]
-) -> dict[str, dict[str, Floats]]:
-    """Each query's, or identity's, mean over the conditions of each kind, and over all."""
+def _averaged(values: Mapping[Condition, Mapping[str, Floats]]) -> dict[str, dict[str, Floats]]:
+    """Each query's, or identity's, mean over the bad conditions of each kind, and over all."""
     groups: dict[str, list[Condition]] = {}
+    conditions = [condition for condition in values if condition != CLEAN]
     for condition in conditions:
         groups.setdefault(condition[0], []).append(condition)
-    groups["all"] = list(conditions)
+    groups["all"] = conditions
     return {
         group: {
             name: np.mean([values[member][name] for member in members], axis=0)  # NaN: a query without a match
