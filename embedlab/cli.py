@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import json
 import logging
 import os
@@ -138,8 +139,10 @@ def _add_reading(parser: Any) -> None:
     parser.add_argument(
         "--select",
         nargs="+",
+        action="extend",
         metavar="COLUMN=VALUE",
-        help="keep the rows of a manifest with these values; VALUE may be several, separated by commas",
+        help="keep the rows of a manifest with these values; VALUE may be several, separated by commas, and one that "
+        "holds a comma stands in double quotes: 'label=\"Rice, brown\",Oats'",
     )
     parser.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="what an unreadable image does")
 
@@ -192,7 +195,9 @@ def _add_evaluate(commands: Any) -> None:
         help="two encoders side by side with paired intervals; without PATH, two sets of stored vectors of one set",
     )
     parser.add_argument("--reference", help="what to search (default: leave-one-out within the queries)")
-    parser.add_argument("--reference-select", nargs="+", metavar="COLUMN=VALUE", help="as --select, for the reference")
+    parser.add_argument(
+        "--reference-select", nargs="+", action="extend", metavar="COLUMN=VALUE", help="as --select, for the reference"
+    )
     parser.add_argument("--knn-k", type=_count, default=20, help="neighbours of the weighted k-NN classifier")
     parser.add_argument("--labels", help=LABELS_HELP)
     parser.add_argument("--baselines", action="store_true", help="also raw pixels and the untrained network")
@@ -203,6 +208,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--groups",
         nargs="+",
+        action="extend",
         metavar="COLUMN",
         help="what is of the query's own group, such as its camera or track, does not count; several columns together "
         "name a group, and 'label' is one: label camera is the rule of person re-identification",
@@ -220,7 +226,9 @@ def _add_evaluate(commands: Any) -> None:
     )
     group.add_argument("--open-set", action="store_true", help="run the trial")
     group.add_argument("--calibrate", metavar="PATH", help="what sets the threshold (default: rows of PATH)")
-    group.add_argument("--calibrate-select", nargs="+", metavar="COLUMN=VALUE", help="rows that set the threshold")
+    group.add_argument(
+        "--calibrate-select", nargs="+", action="extend", metavar="COLUMN=VALUE", help="rows that set the threshold"
+    )
     group.add_argument("--fpir", type=float, help="promised false-positive identification rate (default: 0.05)")
     group.add_argument("--templates", type=_count, help="enrolled images per identity, without --reference (3)")
     group.add_argument("--seed", type=int, default=0, help="of the halves and templates; the first of --seeds")
@@ -231,22 +239,30 @@ def _add_evaluate(commands: Any) -> None:
     group.add_argument(
         "--degradations",
         nargs="+",
-        default=(),
+        action="extend",
         metavar="NAME",
         help="all, or some of blur noise low_light haze jpeg downscale rain occlusion",
     )
-    group.add_argument("--severities", type=_count, nargs="+", help="from 1 to 5 (default: all)")
+    group.add_argument("--severities", type=_count, nargs="+", action="extend", help="from 1 to 5 (default: all)")
     group.add_argument("--pictures", type=Path, help="folder for robustness.png and degradations.png")
     group = parser.add_argument_group(
         "protocols for a pre-trained backbone",
         "Test accuracy on PATH of the backbone, without its head, with --reference as the labelled training images.",
     )
     group.add_argument(
-        "--protocol", nargs="+", choices=["knn", "linear", "low-shot"], help="knn is done with k = 200 and --knn-k"
+        "--protocol",
+        nargs="+",
+        action="extend",
+        choices=["knn", "linear", "low-shot"],
+        help="knn is done with k = 200 and --knn-k",
     )
     group.add_argument("--seeds", type=_count, help="how many, for mean and standard deviation (default: 3)")
     group.add_argument(
-        "--shares", type=float, nargs="+", help="of the training labels, for low-shot fine-tuning (default: 0.01 0.1)"
+        "--shares",
+        type=float,
+        nargs="+",
+        action="extend",
+        help="of the training labels, for low-shot fine-tuning (default: 0.01 0.1)",
     )
     group.add_argument("--steps", type=_count, help="of low-shot fine-tuning (default: 300)")
     group.add_argument("--flip", type=float, help="in fine-tuning, probability of a left-right flip (default: 0.5)")
@@ -329,7 +345,11 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--key-file", type=Path, help="file with the key that clients must send")
     parser.add_argument(
-        "--allow-host", nargs="+", metavar="NAME", help="further names of this server, such as the one of a proxy"
+        "--allow-host",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="further names of this server, such as the one of a proxy",
     )
     parser.add_argument("--max-body", type=_bytes, default="10MB", help="largest request (default 10MB)")
     parser.add_argument("--read-only", action="store_true", help="change nothing; another process may write")
@@ -403,8 +423,8 @@ def _add_gallery(commands: Any) -> None:
     enroll.add_argument("--label", help="one identity for all images; otherwise labels come from PATH")
     enroll.add_argument("--key", help="name of this request: repeating it adds nothing")
     remove = verb("remove", _remove, "remove identities or single templates")
-    remove.add_argument("--label", nargs="+", help="identities")
-    remove.add_argument("--id", nargs="+", type=int, help="templates")
+    remove.add_argument("--label", nargs="+", action="extend", help="identities")
+    remove.add_argument("--id", nargs="+", action="extend", type=int, help="templates")
     remove.add_argument("--purge", action="store_true", help="also erase the bytes from the files")
     rename = verb("rename", _rename, "give an identity another name")
     rename.add_argument("old")
@@ -496,18 +516,40 @@ def _require(options: argparse.Namespace, switch: str, *names: str) -> None:
         )
 
 
+def _spare_inputs(options: argparse.Namespace, *outputs: str) -> None:
+    """Refuse to write over what is read, before any work is done."""
+    inputs = [value for name, value in vars(options).items() if name not in outputs]
+    flat = [part for value in inputs for part in (value if isinstance(value, list | tuple) else [value])]
+    there = [os.path.realpath(part) for part in flat if isinstance(part, str | Path) and os.path.exists(part)]
+    for name in outputs:
+        path = getattr(options, name)
+        if path is None:
+            continue
+        flag, place = f"--{name}", os.path.realpath(path)
+        if os.path.isdir(place):
+            raise ValueError(f"{path} is a folder; {flag} takes the file to write, such as {path}/report.html.")
+        for read in there if os.path.isfile(place) else []:
+            if os.path.commonpath([read, place]) == read:
+                what = "what is read" if read == place else f"a file in {read}, which is read"
+                raise ValueError(
+                    f"{flag} {path} would overwrite {what}; name another file, or delete that one first if it is no "
+                    "longer needed."
+                )
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 # ---- reading what PATH names ---------------------------------------------------------------------------------------
 
 
 def _selection(pairs: list[str] | None) -> dict[str, list[str]] | None:
     if not pairs:
         return None
-    selected = {}
+    selected: dict[str, list[str]] = {}
     for pair in pairs:
         column, equals, values = pair.partition("=")
         if not equals or not column or not values:
             raise ValueError(f"--select takes COLUMN=VALUE, got {pair!r}; such as --select split=test.")
-        selected[column] = values.split(",")
+        selected.setdefault(column, []).extend(next(csv.reader([values])))
     return selected
 
 
@@ -643,12 +685,7 @@ def _evaluate(options: argparse.Namespace) -> Result:
     from embedlab.retrieval import comparison, findings
     from embedlab.retrieval.evaluation import evaluate, protocol_of, to_text
 
-    for path in filter(None, (options.out, options.report)):
-        if path.is_dir():  # an error now, not after the work
-            raise ValueError(
-                f"{path} is a folder; --out and --report take the file to write, such as {path}/report.html."
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
+    _spare_inputs(options, "out", "report")
     started = time.perf_counter()
     found = [evaluate(subject, _plan(options, path)) for subject, path in _subjects(options)]
     if options.degradations:
@@ -695,7 +732,7 @@ def _plan(options: argparse.Namespace, path: str) -> Plan:
         verification=not options.no_verification,
         coarse=options.coarse,
         groups=options.groups or (),
-        degradations=options.degradations,
+        degradations=options.degradations or (),
         **_given(options, "fpir", "templates", "severities"),
     )
 
@@ -765,8 +802,7 @@ def _evaluate_backbone(options: argparse.Namespace) -> Result:
     from embedlab.retrieval.embedders import on_device
     from embedlab.tasks import evaluate_backbone
 
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after the work
+    _spare_inputs(options, "out")
     result = evaluate_backbone(
         on_device(Encoder.load(options.encoder)),
         _source(options.reference or options.path, options.reference_select),
@@ -845,6 +881,7 @@ def _oneshot(options: argparse.Namespace) -> Result:
 def _audit(options: argparse.Namespace) -> Result:
     from embedlab.retrieval.audit import audit
 
+    _spare_inputs(options, "out")
     rows = _vectors(options.path, options.labels)
     if rows.labels is None:
         raise ValueError(f"{options.path} has no labels; name a file with them: embedlab audit VECTORS LABELS.")
@@ -1046,6 +1083,7 @@ def _identify(options: argparse.Namespace) -> Result:
     from embedlab.retrieval import Gallery
     from embedlab.retrieval.open_set import evaluate_gallery
 
+    _spare_inputs(options, "show")
     with Gallery.open(options.gallery, options.encoder, read_only=True) as gallery:
         probes = _several_probes(options, gallery)
         probes = _as_one(probes) if options.one_probe else probes
@@ -1085,7 +1123,6 @@ def _show(path: Path, gallery: Any, probes: Embeddings, answers: Any) -> None:
         return None if content is None else image_pixels(Image.open(BytesIO(content)))
 
     pictures = template_pictures(gallery)
-    path.parent.mkdir(parents=True, exist_ok=True)
     draw_identifications(
         path, answers, [pixels(file_picture(name)) for name in _names(probes)], lambda key: pixels(pictures(key))
     )
@@ -1220,6 +1257,7 @@ def _report(options: argparse.Namespace) -> Result:
     from embedlab.retrieval import Gallery
     from embedlab.serving.report import gallery_report
 
+    _spare_inputs(options, "out")
     with Gallery.open(options.gallery, read_only=True) as gallery:
         document = gallery_report(gallery)
     return _write_report(options.out, document) | {"text": f"{options.out}: open it in a browser"}
@@ -1234,7 +1272,6 @@ def _write(path: Path, text: str) -> None:
 
 
 def _write_report(path: Path, document: str) -> Result:
-    path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, document)
     return {"report": str(path), "bytes": path.stat().st_size}
 

@@ -454,7 +454,7 @@ def test_two_encoders_are_compared_under_bad_conditions_and_the_report_shows_the
             ["--protocol", "knn", "--reference", "here", "--degradations", "blur"],
             "--protocol measures one backbone; run --degradations without it.",
         ),
-        (["--report", "."], ". is a folder; --out and --report take the file to write"),
+        (["--report", "."], ". is a folder; --report takes the file to write"),
     ],
 )
 def test_a_wrong_call_is_refused(made, arguments, message, capsys) -> None:

@@ -234,6 +234,37 @@ def test_the_protocol_of_bare_vectors_tells_them_and_their_labels_apart(tmp_path
     assert digests[0] != digests[1]
 
 
+@pytest.mark.parametrize("option", ["--out", "--report"])
+def test_what_is_read_is_not_written_over(folder, tmp_path, capsys, option) -> None:
+    table = Path(shutil.copy(folder / "all.csv", tmp_path))
+    place = stored(tmp_path / "vectors", people(3, 3, 0.5))
+    for path, out in ((table, table), (place, place / "rows.csv")):
+        before = out.read_bytes()
+        encoder = [] if path == place else ["--encoder", folder / "a" / "encoder"]
+        assert main(list(map(str, ["evaluate", path, *encoder, option, out]))) == 1
+        assert f"{option} {out} would overwrite" in capsys.readouterr().err
+        assert out.read_bytes() == before
+    assert main(["audit", str(place), "--out", str(place / "rows.csv")]) == 1
+    assert "would overwrite a file in" in capsys.readouterr().err
+
+
+def test_rows_are_selected_by_all_that_is_given(folder, tmp_path, capsys) -> None:
+    rows = [f"{folder}/images/c{number % 6}/{number // 6}.png" for number in range(18)]
+    table = tmp_path / "table.csv"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([["path", "label", "kind"], *([row, ["a, b", "c", "d"][number % 3], "xy"[number % 2]]
+            for number, row in enumerate(rows))])  # fmt: skip
+    asked = ["evaluate", table, "--encoder", folder / "a" / "encoder", "--no-verification", "--knn-k", "2", "--select"]
+    for choice, images in (
+        (['label="a, b",c'], 12),
+        (["label=c", "label=d"], 12),
+        (["label=c", "--select", "kind=x"], 3),
+        (["label=c", "--select", "label=d", "kind=x"], 6),
+    ):
+        found = ask(capsys, *asked, *choice)
+        assert found["protocol"]["data"]["query"]["images"] == images
+
+
 def test_labels_are_of_vectors(folder, capsys) -> None:
     encoders = [
         ["--encoder", folder / "a" / "encoder"],
