@@ -579,6 +579,26 @@ def test_what_so_few_images_cannot_say_is_said(tmp_path, caplog, capsys) -> None
     caplog.clear()
     assert main(["evaluate", path, "--knn-k", "3"]) == 0
     assert "candidates vote" not in caplog.text
+    caplog.clear()
+    many = stored(tmp_path / "many", people(30, 3, 1))
+    found = evaluate(stored_subject(str(many)), Plan(path=str(many)))
+    told = "k-NN with k = 20 lets 20 images vote where the typical identity has 2 to find, so that others outvote it"
+    assert told in found.figures["warnings"][0]
+    assert told in caplog.text
+    document = evaluation.evaluation_report([found], None, protocol_for(found))
+    assert told in require_harmless(document).text
+
+
+def test_a_collapsed_embedding_is_told_and_its_charts_are_drawn(tmp_path) -> None:
+    held = people(4, 4, 1)
+    vectors = np.ones_like(held.vectors)
+    vectors += 1e-7 * np.random.default_rng(0).normal(size=vectors.shape).astype(np.float32)
+    place = stored(tmp_path / "v", Embeddings(vectors, held.labels, held.ids))
+    found = evaluate(stored_subject(str(place)), Plan(path=str(place)))
+    assert [text for text in found.figures["warnings"] if text.startswith("The embedding has collapsed")]
+    document = evaluation.evaluation_report([found], None, protocol_for(found))
+    ticks = re.findall(r">(0\.99\d+|1)</text>", document)
+    assert len(set(ticks)) > 2, "the cosines' axis has numbers that differ"
 
 
 def protocol_for(found) -> dict:
@@ -593,7 +613,7 @@ def test_a_set_without_genuine_pairs_has_no_verification(tmp_path, caplog) -> No
     found = evaluate(stored_subject(str(stored(tmp_path / "v", one))), Plan(path=str(tmp_path / "v")))
     assert found.figures["verification"] is None
     assert found.figures["intervals"] == {}
-    assert "all that is searched is of one identity, so every answer is right" in caplog.text
+    assert "All that is searched is of one identity, so every answer is right" in caplog.text
     document = evaluation.evaluation_report([found], None, protocol_for(found))
     assert "Verification" not in require_harmless(document).text
     assert "-60%" not in document

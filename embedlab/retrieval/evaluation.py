@@ -52,6 +52,7 @@ DEPTH = 20  # last rank of the CMC curve
 NEIGHBOURS = 5  # of each query, kept for examples and confusions
 RESAMPLES = 500  # of verification; figures of single queries have 2000
 CURVE = 600  # operating points that a picture needs at most
+COLLAPSED = 0.01  # feature std times root D below this; 1 is healthy
 HEALTH_ROWS = 5_000  # vectors that figures over all pairs of vectors are taken from
 
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -202,6 +203,8 @@ def evaluate(subject: Subject, plan: Plan) -> Evaluation:
     Raises:
         ValueError: Images without labels or groups, or images that are queries and reference at once.
     """
+    if plan.degradations and subject.encoder is None:  # an error now, not after the work
+        raise ValueError(f"{plan.path} holds vectors; --degradations needs images to degrade, and --encoder.")
     query = subject.read(plan.path, plan.select)
     searched = plan.reference or (plan.path if plan.reference_select else None)
     reference = None if searched is None else subject.read(searched, plan.reference_select)
@@ -209,7 +212,6 @@ def evaluate(subject: Subject, plan: Plan) -> Evaluation:
     _refuse_shared_images(query.embeddings, others)
     groups = _groups(plan.groups, query, reference)
     figures, per_query = retrieval_figures(query.embeddings, others, knn_k=plan.knn_k, groups=groups)
-    _warn_of_little(subject.name, plan, query.embeddings, others, groups)
     nearest, cosines = nearest_neighbours(
         query.embeddings.vectors, None if others is None else others.vectors, k=NEIGHBOURS, groups=groups
     )
@@ -219,6 +221,9 @@ def evaluate(subject: Subject, plan: Plan) -> Evaluation:
     if plan.verification:
         figures["verification"] = verification.to_dict() if verification else None
     figures["health"] = _health(query.embeddings.vectors, plan.seed)
+    figures["warnings"] = _doubts(figures, plan, query.embeddings, others, groups)
+    for doubt in figures["warnings"]:
+        logger.warning("%s: %s", subject.name, doubt)
     trial, calibration = None, None
     if plan.open_set:
         calibration = subject.read(plan.calibrate or plan.path, plan.calibrate_select)
@@ -231,23 +236,36 @@ def evaluate(subject: Subject, plan: Plan) -> Evaluation:
     )
 
 
-def _warn_of_little(name: str, plan: Plan, query: Embeddings, reference: Embeddings | None, groups: Groups) -> None:
-    """Say which figures mean nothing on so few images or identities."""
-    if (identities := len(set(_labels(reference or query, "reference")))) < 2:
-        logger.warning(
-            "%s: all that is searched is of one identity, so every answer is right and recall says nothing; do the "
-            "labels name the identities (folders, or the column label)?",
-            name,
+def _doubts(
+    figures: Mapping[str, Any], plan: Plan, query: Embeddings, reference: Embeddings | None, groups: Groups
+) -> list[str]:
+    """Which figures mean nothing on such images or of such vectors, and why."""
+    found = []
+    sizes = Counter(_labels(reference or query, "reference"))
+    mates = int(np.median(list(sizes.values()))) - (reference is None)
+    if len(sizes) < 2:
+        found.append(
+            "All that is searched is of one identity, so every answer is right and recall says nothing; do the labels "
+            "name the identities (folders, or the column label)?"
         )
     elif plan.knn_k >= (candidates := _most_candidates(query, reference, groups)):
-        logger.warning(
-            "%s: k-NN with k = %d lets all %d candidates vote, so that the larger identities win, and none of %d "
-            "equally large ones does where an image is searched among the others; choose a smaller --knn-k.",
-            name,
-            plan.knn_k,
-            candidates,
-            identities,
+        found.append(
+            f"k-NN with k = {plan.knn_k} lets all {candidates} candidates vote, so that the larger identities win, and "
+            f"none of {len(sizes)} equally large ones does where an image is searched among the others; choose a "
+            "smaller --knn-k."
         )
+    elif plan.knn_k > 4 * max(1, mates):
+        found.append(
+            f"k-NN with k = {plan.knn_k} lets {plan.knn_k} images vote where the typical identity has {mates} to find, "
+            "so that others outvote it; choose a smaller --knn-k."
+        )
+    health = figures["health"]
+    if health["feature_std"] * query.vectors.shape[1] ** 0.5 < COLLAPSED:
+        found.append(
+            f"The embedding has collapsed: all images have nearly the same vector (effective rank "
+            f"{health['effective_rank']:.1f}), and what ranks them is rounding."
+        )
+    return found
 
 
 def _groups(columns: Sequence[str], query: Reading, reference: Reading | None) -> Groups:

@@ -88,6 +88,7 @@ def evaluation_report(
         ),
         tag(
             "main",
+            _warnings(found),
             _tiles(found, comparison),
             _summary(found, comparison),
             _retrieval(found),
@@ -171,7 +172,9 @@ def _tiles(found: Sequence[Evaluation], comparison: Mapping[str, Any] | None) ->
             interval = row["interval"]
             under = [_small("difference"), _small(_points_range(interval))] if interval else []
         tiles.append(tag("div", tag("b", shown), tag("span", name), under, class_="figure"))
-    told = f"95% intervals over {figures['identities']:,} identities, {_mode(found[0])}"
+    count = figures["identities"]
+    told = f"95% intervals over {count:,} identities" if count > 1 else "No intervals, which take two identities"
+    told += f", {_mode(found[0])}"
     return joined(
         tag("div", tiles, class_="figures two" if comparison else "figures"),
         tag(
@@ -182,6 +185,18 @@ def _tiles(found: Sequence[Evaluation], comparison: Mapping[str, Any] | None) ->
             f"{told}; how each is measured stands in the summary.",
             class_="quiet note",
         ),
+    )
+
+
+def _warnings(found: Sequence[Evaluation]) -> Html | None:
+    """What must be known before any figure is read."""
+    told = [(one.name, text) for one in found for text in one.figures["warnings"]]
+    if not told:
+        return None
+    several = len(found) > 1
+    return section(
+        "Before you read this",
+        tag("ul", [tag("li", f"{name}: {text}" if several else text) for name, text in told]),
     )
 
 
@@ -216,7 +231,7 @@ def _summary(found: Sequence[Evaluation], comparison: Mapping[str, Any] | None) 
         "Summary",
         tag(
             "p",
-            "With 95% intervals by resampling identities."
+            ("With 95% intervals by resampling identities." if found[0].figures["identities"] > 1 else "No intervals.")
             + (
                 " Differences are paired: both are resampled together, over the same identities. In percentage points."
                 + (f" {TOO_FEW}" if comparison["identities"] < VERDICT else "")
@@ -473,20 +488,13 @@ def _pair_curves(shown: Sequence[tuple[int, str, Verification]]) -> list[Html]:
         recall.append(Line(name, [(t, p) for t, p in steps if p == p], tone, dashed))
     report = shown[0][2].report
     far_axis = Axis("false accept rate", log=True)
-    return [
+    charts = [
         line_chart(
             roc,
             x=far_axis,
             y=Axis("ROC: genuine pairs accepted", percent=True, low=0.0),
             narrow=True,
             description=f"ROC curve, area {report.auc:.4f}",
-        ),
-        line_chart(
-            det,
-            x=far_axis,
-            y=Axis("DET: share of genuine pairs rejected", log=True),
-            narrow=True,
-            description=f"DET curve, equal error rate {report.eer:.2%}",
         ),
         line_chart(
             recall,
@@ -496,6 +504,11 @@ def _pair_curves(shown: Sequence[tuple[int, str, Verification]]) -> list[Html]:
             description=f"Precision over recall of pairs, average precision {report.average_precision:.4f}",
         ),
     ]
+    if any(rejected > 0 for line in det for _, rejected in line.points):  # a logarithm shows nothing else
+        axis = Axis("DET: share of genuine pairs rejected", log=True)
+        words = f"DET curve, equal error rate {report.eer:.2%}"
+        charts.insert(1, line_chart(det, x=far_axis, y=axis, narrow=True, description=words))
+    return charts
 
 
 def _cosines(shown: Sequence[tuple[int, str, Verification]], seen: int) -> list[Html]:
@@ -523,8 +536,9 @@ def _distributions(
 ) -> list[Line]:
     """Two histograms over one scale, each with an area of one."""
     low, high = (float(edge) for edge in (min(first.min(), second.min()), max(first.max(), second.max())))
+    low = min(low, high - 1e-3)  # ticks that can be told apart, however alike all are
     bins = int(np.clip(2 * min(len(first), len(second)) ** (1 / 3), 10, BINS))  # Rice's rule
-    edges = np.linspace(low, max(high, low + 1e-6), bins + 1)
+    edges = np.linspace(low, high, bins + 1)
     middles = (edges[1:] + edges[:-1]) / 2
     lines = []
     for values, name, tone in zip((first, second), names, tones, strict=True):

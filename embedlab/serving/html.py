@@ -273,7 +273,7 @@ class _Frame:
             drawn.append(tag("path", d=_path(area) + "Z", class_=f"area tone-{line.tone}"))
         if there:
             drawn.append(tag("path", d=_path(there), class_=_tone(line)))
-        if line.dots:
+        if line.dots or len(there) == 1:  # a path through one point shows nothing
             drawn += [tag("circle", cx=_units(x), cy=_units(y), r=4, class_=f"dot tone-{line.tone}") for x, y in there]
         return drawn
 
