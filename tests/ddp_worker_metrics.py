@@ -47,7 +47,9 @@ def figures(vectors, labels, groups, *, over_ranks=False, state=None) -> dict:
     with patch.multiple(_pairs, HELD=10, COARSE=20):
         many = metrics.verification_report(vectors, labels, groups=groups, over_ranks=over_ranks).to_dict()
     many = {f"{name} of many": value for name, value in many.items()}
-    return {**found, **report.values, **report.per_query, **pairs.to_dict(), **many}
+    across = metrics.verification_report(*sides, over_ranks=over_ranks).to_dict()
+    across = {f"{name}, two sets": value for name, value in across.items()}
+    return {**found, **report.values, **report.per_query, **pairs.to_dict(), **many, **across}
 
 
 def failures(rank: int, folder: str) -> dict[str, str]:

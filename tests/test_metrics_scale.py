@@ -316,6 +316,37 @@ def test_all_pairs_streamed_equal_all_pairs_listed(kind, grouped, tile, monkeypa
         )
 
 
+@pytest.mark.parametrize("many", [False, True], ids=["held", "on a grid"])
+@pytest.mark.parametrize("tile", [1024, 13], ids=["one tile", "tiles"])
+@pytest.mark.parametrize("grouped", [False, True], ids=["", "groups"])
+@pytest.mark.parametrize("queries", [1, 25, 70])
+def test_each_query_with_each_of_a_reference_equals_the_pairs_listed(queries, grouped, tile, many, monkeypatch):
+    monkeypatch.setattr(_pairs, "TILE", tile)
+    random = np.random.default_rng(queries)
+    labels = random.integers(0, 7, 90)
+    vectors = random.standard_normal((7, 5))[labels] + random.standard_normal((90, 5))
+    groups = random.integers(0, 30, 90)
+    kept = slice(None, queries), slice(queries, None)
+    sides = [array[part] for part in kept for array in (vectors, [f"person {n}" for n in labels])]
+    named = {"groups": tuple(groups[part].tolist() for part in kept)} if grouped else {}
+    apart = [np.arange(90) < queries, groups if grouped else None]
+    scores, same = all_pairs(vectors, labels, *apart)
+    if many:
+        for name, value in {"HELD": 3, "COARSE": 50, "LISTED": 100, "PARTS": 100}.items():
+            monkeypatch.setattr(_pairs, name, value)
+    units, unit = [], _ranking.Rows.unit
+    monkeypatch.setattr(_ranking.Rows, "unit", lambda rows, part: units.append(unit(rows, part)) or units[-1])
+    report = metrics.verification_report(*sides, far=[0.5, 0.1, 0.05], curve=30, **named)
+    assert (report.genuine, report.impostors) == (same.sum(), (~same).sum())
+    assert report.auc == pytest.approx(metrics.roc_auc(scores, same), abs=report.auc_error + 1e-13)
+    assert (report.auc_error > 0) == many
+    assert report.eer == pytest.approx(metrics.eer(scores, same), abs=1e-13)
+    assert report.tar == tuple(metrics.tar_at_far(scores, same, [0.5, 0.1, 0.05]))
+    assert report.curve.far[-1] == report.curve.tar[-1] == 1
+    if tile == 1024 and not many:
+        assert max(map(len, units)) == max(queries, 90 - queries), "no pair within a side is multiplied"
+
+
 @pytest.mark.parametrize("cells", [3, 17, 400])
 @pytest.mark.parametrize("grouped", [False, True], ids=["", "groups"])
 @pytest.mark.parametrize("kind", ["continuous", "ties", "one way"])
@@ -416,6 +447,13 @@ def test_cells_that_hold_most_pairs_are_told_apart_in_bounded_memory(monkeypatch
         (lambda: metrics.verification_report(np.eye(3), [0, 1]), "labels has 2 entries for 3 rows"),
         (lambda: metrics.verification_report(np.eye(3), [0, 0, 1], far=0.1), "far=0.1 cannot be measured on 2 impost"),
         (lambda: metrics.verification_report(np.eye(3), [0, 0, 1], far=5), "not a percentage"),
+        (lambda: metrics.verification_report(np.eye(3), [0, 0, 1], np.eye(3)), "go together.*got only reference"),
+        (lambda: metrics.verification_report(np.eye(3), [0, 0, 1], np.eye(2), [0, 1]), "two different encoders"),
+        (lambda: metrics.verification_report(np.eye(3), [0, 0, 1], np.eye(3), [2, 3, 4]), "got 0 genuine and 9 impo"),
+        (
+            lambda: metrics.verification_report(np.eye(3), [0, 0, 1], np.eye(3), [0, 1, 2], groups=[0, 1, 2]),
+            r"must be a pair \(query groups, reference groups\)",
+        ),
     ],
 )
 def test_verification_of_a_set_refuses_and_says_why(function, text):

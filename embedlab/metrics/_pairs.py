@@ -50,20 +50,38 @@ class PairCounts:
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs:
-    """All pairs of some vectors, but for those that share a group of any kind.
+class Side:
+    """What is compared.
 
     Args:
         rows: (N, D) vectors.
         codes: (N,) their classes.
         groups: (N,) each.
-        share: This rank's part.
     """
 
     rows: Rows
     codes: Integers
     groups: Sequence[Integers]
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """All pairs of some vectors, or of each of them with each of a reference, but for those that share a group.
+
+    Args:
+        query: One side.
+        reference: The other, with codes and groups by the same lists; None pairs the queries with one another.
+        share: This rank's part.
+    """
+
+    query: Side
+    reference: Side | None
     share: Share
+
+    @property
+    def other(self) -> Side:
+        """The second of each pair."""
+        return self.query if self.reference is None else self.reference
 
     def count(self, decisive: Callable[[PairCounts], Integers]) -> PairCounts:
         """Compare them all.
@@ -155,8 +173,9 @@ class Pairs:
 
     def _range(self) -> tuple[int, float, float]:
         """How many genuine pairs there are, and where they are too many to hold their lowest and highest score."""
-        sizes = np.bincount(self.codes)
-        count, low, high = int((sizes * (sizes - 1) // 2).sum()), 1.0, -1.0
+        sizes, others = self._sizes()
+        pairs = sizes * (sizes - 1) // 2 if self.reference is None else sizes * others
+        count, low, high = int(pairs.sum()), 1.0, -1.0
         if count <= HELD:
             return count, low, high
         kept = 0  # without those that share a group
@@ -167,17 +186,37 @@ class Pairs:
                 bar.update(len(part))
         return kept, float(low), float(high)
 
+    def _sizes(self) -> tuple[Integers, Integers]:
+        """(C,) members of each class on both sides."""
+        classes = 1 + int(max(self.query.codes.max(), self.other.codes.max()))
+        return np.bincount(self.query.codes, minlength=classes), np.bincount(self.other.codes, minlength=classes)
+
     def _genuine(self) -> Iterator[Floats]:
         """Cosines of all pairs of one class, class by class."""
-        order = np.argsort(self.codes, kind="stable")
-        ends = np.bincount(self.codes).cumsum()
-        for first, end in zip(np.append(0, ends[:-1]), ends, strict=True):
-            for a, b in _tiles(int(end - first), self.rows.dim):
-                members = order[first:end]
-                kept = _upper(a, b)
-                for group in self.groups:
-                    kept &= group[members[a], None] != group[members[b]]
-                yield (self.rows.unit(members[a]) @ self.rows.unit(members[b]).T)[kept]
+        orders = [np.argsort(side.codes, kind="stable") for side in (self.query, self.other)]
+        ends = [sizes.cumsum()[:-1] for sizes in self._sizes()]
+        for members in zip(*map(np.split, orders, ends), strict=True):
+            for a, b in self._tiles(*map(len, members)):
+                kept = self._kept(a, b, *members)
+                yield (self.query.rows.unit(members[0][a]) @ self.other.rows.unit(members[1][b]).T)[kept]
+
+    def _tiles(self, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+        """Row and column blocks of a matrix, of its upper triangle where both sides are one."""
+        dim = self.query.rows.dim
+        step = max(1, min(TILE, int((BUDGET // 16) ** 0.5), BUDGET // (32 * dim)))
+        for row in range(0, rows, step):
+            for column in range(row if self.reference is None else 0, columns, step):
+                yield slice(row, min(row + step, rows)), slice(column, min(column + step, columns))
+
+    def _kept(self, a: slice, b: slice, rows: Integers | slice, columns: Integers | slice) -> Booleans:
+        """Which pairs of a block count: those above the diagonal where both sides are one, and in no group together."""
+        if self.reference is None:
+            kept = np.arange(a.start, a.stop)[:, None] < np.arange(b.start, b.stop)
+        else:
+            kept = np.ones((a.stop - a.start, b.stop - b.start), dtype=np.bool_)
+        for own, others in zip(self.query.groups, self.other.groups, strict=True):
+            kept &= own[rows][a, None] != others[columns][b]
+        return kept
 
     def _stream(self, add: Callable[[Floats, Booleans], Callable[[], None]], title: str) -> None:
         """Cosines (n,) of this rank's pairs, block by block, and which of them are genuine.
@@ -188,17 +227,16 @@ class Pairs:
 
         def work(tile: tuple[slice, slice]) -> None:
             a, b = tile
-            scores, same = self.rows.unit(a) @ self.rows.unit(b).T, self.codes[a, None] == self.codes[b]
-            if a == b or self.groups:
-                kept = _upper(a, b)
-                for group in self.groups:
-                    kept &= group[a, None] != group[b]
+            scores = self.query.rows.unit(a) @ self.other.rows.unit(b).T
+            same = self.query.codes[a, None] == self.other.codes[b]
+            if self.query.groups or (self.reference is None and a == b):
+                kept = self._kept(a, b, slice(None), slice(None))
                 scores, same = scores[kept], same[kept]
             done = add(scores.ravel(), same.ravel())
             with lock:
                 done()
 
-        tiles = list(_tiles(len(self.rows), self.rows.dim))[self.share.mine]
+        tiles = list(self._tiles(len(self.query.rows), len(self.other.rows)))[self.share.mine]
         for _ in tqdm(in_threads(work, tiles), total=len(tiles), desc=title, delay=3, leave=False, disable=None):
             pass
 
@@ -278,16 +316,3 @@ class _Places:
             behind = behind[self.edges.take(place.take(behind)) <= scores.take(behind)]
         place[behind] = np.searchsorted(self.edges[:-1], scores[behind], side="right")
         return place
-
-
-def _tiles(count: int, dim: int) -> Iterator[tuple[slice, slice]]:
-    """Row and column blocks of the upper triangle of a (count, count) matrix."""
-    step = max(1, min(TILE, int((BUDGET // 16) ** 0.5), BUDGET // (32 * dim)))
-    for row in range(0, count, step):
-        for column in range(row, count, step):
-            yield slice(row, min(row + step, count)), slice(column, min(column + step, count))
-
-
-def _upper(a: slice, b: slice) -> Booleans:
-    """Which entries of a block lie above the diagonal of the whole matrix."""
-    return np.arange(a.start, a.stop)[:, None] < np.arange(b.start, b.stop)

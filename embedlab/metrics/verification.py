@@ -22,8 +22,8 @@ from embedlab.metrics._arrays import (
     between,
     digest,
 )
-from embedlab.metrics._pairs import PairCounts, Pairs
-from embedlab.metrics._ranking import Rows
+from embedlab.metrics._pairs import PairCounts, Pairs, Side
+from embedlab.metrics._ranking import Problem, Rows
 from embedlab.metrics._share import Share, together
 
 
@@ -263,9 +263,17 @@ class VerificationReport:
 
 @together
 def verification_report(
-    embeddings: Any, labels: Any, *, far: Any = None, groups: Any = None, curve: int = 0, over_ranks: bool = False
+    embeddings: Any,
+    labels: Any,
+    reference: Any = None,
+    reference_labels: Any = None,
+    *,
+    far: Any = None,
+    groups: Any = None,
+    curve: int = 0,
+    over_ranks: bool = False,
 ) -> VerificationReport:
-    """AUC, equal error rate and TAR@FAR over all N (N - 1) / 2 pairs of a set, in bounded memory.
+    """AUC, equal error rate and TAR@FAR over all pairs in bounded memory: N (N - 1) / 2 of a set, N M with a reference.
 
     What `roc_auc`, `eer` and `tar_at_far` say of the list of all cosines, without the list: the genuine pairs are few
     and are sorted; the impostor pairs stream by and are counted between them, which fixes the whole ROC curve. Where
@@ -276,30 +284,30 @@ def verification_report(
     Args:
         embeddings: (N, D) vectors of any norm, NumPy or torch.
         labels: (N,) integers or strings; a pair of one label is genuine.
+        reference: (M, D) vectors that each of the embeddings is compared with; None compares these with one another.
+        reference_labels: (M,) of the reference.
         far: False accept rates in (0, 1]; None takes 0.1, 0.01, ... as long as they allow 10 impostor pairs.
-        groups: (N,) pairs within a group are left out (frames of one track). To compare queries with a reference only,
-            put both into one set and give each side one group. Of several kinds, (G, N), one that is shared suffices.
+        groups: (N,) pairs within a group are left out (frames of one track), with a reference a pair ((N,), (M,)).
+            Without one also of several kinds, (G, N): one that is shared suffices.
         curve: About how many operating points to keep for a picture; they lie densely on linear and on logarithmic
             axes alike.
         over_ranks: True shares the pairs out among the ranks of torch.distributed: all ranks call with the same arrays
             (see `each_sample_once`) and all get the figures of one process.
 
     Raises:
-        ValueError: Shapes or labels that do not fit, a NaN or zero vector, only one kind of pair, a `far` below one
-            impostor pair in all there are.
+        ValueError: Shapes or labels that do not fit, a reference without its labels, a NaN or zero vector, only one
+            kind of pair, a `far` below one impostor pair in all there are.
 
     Example:
         >>> report = verification_report([[1, 0], [9, 1], [0, 1], [1, 9]], ["a", "a", "b", "b"], far=0.25)
         >>> report.auc, report.eer, report.tar, report.impostors
         (1.0, 0.0, (1.0,), 4)
     """
-    rows = Rows(embeddings, "embeddings")
-    codes = _codes(labels, "labels", len(rows))
-    several = [] if groups is None else groups if np.ndim(groups) == 2 else [groups]
-    tracks = [_codes(group, "groups", len(rows)) for group in several]
+    sides = _sides(embeddings, labels, reference, reference_labels, groups)
     share, settings = Share(over_ranks=over_ranks), np.array([repr((as_array(far).tolist(), curve))])
-    share.refuse_different(lambda: digest(rows.values, codes, *tracks, settings))
-    counts = Pairs(rows, codes, tracks, share).count(lambda coarse: _decisive(coarse, _targets(coarse, far)))
+    parts = [array for side in sides if side for array in (side.rows.values, side.codes, *side.groups)]
+    share.refuse_different(lambda: digest(*parts, settings))
+    counts = Pairs(*sides, share).count(lambda coarse: _decisive(coarse, _targets(coarse, far)))
     targets = _targets(counts, far)
     false_accepts, accepts = _points(counts)
     impostors, genuine = int(false_accepts[-1]), int(accepts[-1])
@@ -322,6 +330,19 @@ def verification_report(
         eer_threshold=float(levels[(_first_equal(false_accepts, accepts) + 1) // 2]),
         curve=_thinned(false_accepts, accepts, curve) if curve else None,
     )
+
+
+def _sides(
+    embeddings: Any, labels: Any, reference: Any, reference_labels: Any, groups: Any
+) -> tuple[Side, Side | None]:
+    """What is compared with one another, or with the second."""
+    if reference is None and reference_labels is None:
+        rows = Rows(embeddings, "embeddings")
+        several = [] if groups is None else groups if np.ndim(groups) == 2 else [groups]
+        return Side(rows, _codes(labels, "labels", len(rows)), [_codes(g, "groups", len(rows)) for g in several]), None
+    problem = Problem(embeddings, labels, reference=reference, reference_labels=reference_labels, groups=groups)
+    own, others = ([] if codes is None else [codes] for codes in (problem.query_groups, problem.reference_groups))
+    return Side(problem.query, problem.query_codes, own), Side(problem.reference, problem.reference_codes, others)
 
 
 def _targets(counts: PairCounts, far: Any) -> Floats:

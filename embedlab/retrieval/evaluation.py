@@ -470,24 +470,14 @@ def _coarse(
 
 def _verification(query: Embeddings, reference: Embeddings | None, groups: Groups, seed: int) -> Verification | None:
     labels = _labels(query, "query")
-    apart: list[list[str]] = []  # pairs that share a value of any are left out
-    if reference is None:
-        vectors, names = query.vectors, labels
-        sides: tuple[list[str], list[str] | None] = (labels, None)
-        if isinstance(groups, list):
-            apart = [groups]
-    else:
-        sides = (labels, _labels(reference, "reference"))
-        vectors, names = np.concatenate([query.vectors, reference.vectors]), [*labels, *(sides[1] or [])]
-        apart = [["query"] * len(query) + ["reference"] * len(reference)]
-        if isinstance(groups, tuple):
-            apart.append([*groups[0], *groups[1]])
+    names = None if reference is None else _labels(reference, "reference")
+    searched = None if reference is None else reference.vectors
     try:
-        pairs = draw_pairs(*sides, groups=groups, seed=seed)
+        pairs = draw_pairs(labels, names, groups=groups, seed=seed)
     except ValueError:  # a set of one class, or of classes of one
         return None
-    report = verification_report(vectors, names, groups=apart or None, curve=CURVE)
-    scores = pairs.scores(query.vectors, None if reference is None else reference.vectors)
+    report = verification_report(query.vectors, labels, searched, names, groups=groups, curve=CURVE)
+    scores = pairs.scores(query.vectors, searched)
     enough_pairs = (
         10 if len(pairs.impostors) == pairs.impostors_total else 100
     )  # drawn ones bring a chance of their own
