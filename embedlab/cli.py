@@ -535,7 +535,14 @@ def _spare_inputs(options: argparse.Namespace, *outputs: str) -> None:
                     f"{flag} {path} would overwrite {what}; name another file, or delete that one first if it is no "
                     "longer needed."
                 )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"{flag} {path}: there is no folder {path.parent}, and none can be made ({error})."
+            ) from error
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{flag} {path}: nothing can be written in {path.parent}; choose another folder.")
 
 
 # ---- reading what PATH names ---------------------------------------------------------------------------------------

@@ -244,6 +244,8 @@ def test_what_is_read_is_not_written_over(folder, tmp_path, capsys, option) -> N
         assert main(list(map(str, ["evaluate", path, *encoder, option, out]))) == 1
         assert f"{option} {out} would overwrite" in capsys.readouterr().err
         assert out.read_bytes() == before
+    assert main(list(map(str, ["evaluate", place, option, place / "rows.csv" / "x.html"]))) == 1
+    assert f"there is no folder {place / 'rows.csv'}, and none can be made" in capsys.readouterr().err
     assert main(["audit", str(place), "--out", str(place / "rows.csv")]) == 1
     assert "would overwrite a file in" in capsys.readouterr().err
 

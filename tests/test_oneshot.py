@@ -227,11 +227,12 @@ def drawer(path: Path) -> int:
         return int((~np.array(image))[0].sum())
 
 
-def test_drawn_runs_have_the_published_form(characters: Path, tmp_path: Path) -> None:
+def test_drawn_runs_have_the_published_form(characters: Path, tmp_path: Path, caplog) -> None:
     out = tmp_path / "drawn"
     alphabets = draw_runs(characters, out, runs=5, ways=3, seed=1)
     assert sorted(set(alphabets)) == ["Bars", "Holes"]  # Few has too few; the others take turns
     assert alphabets[:2] == alphabets[2:4]
+    assert "Left out for want of 3 characters by the same two hands: Few. Fewer ways" in caplog.text
     for run in read_runs(out):
         assert len(run.training) == len(run.test) == 3
         assert sorted(run.truth) == [0, 1, 2]

@@ -96,11 +96,12 @@ def _require_same_images(first: Evaluation, second: Evaluation) -> None:
 
 def to_text(found: dict[str, Any]) -> str:
     """The differences as lines for a terminal."""
+    width = 2 + max(map(len, found["figures"]), default=0)
     lines = [f"{found['first']} - {found['second']}, paired over the same identities"]
     for name, row in found["figures"].items():
         interval = "" if row["interval"] is None else " [{:+.4f}, {:+.4f}]".format(*row["interval"])
         verdict = f"  {row['better']} is better" if row["better"] else ""
-        lines.append(f"{name:22}{row['difference']:+.4f}{interval}{verdict}")
+        lines.append(f"{name:{width}}{row['difference']:+.4f}{interval}{verdict}")
     if found["identities"] < VERDICT:
         lines.append(TOO_FEW)
     return "\n".join(lines)

@@ -264,12 +264,19 @@ def draw_runs(
     out = Path(out)
     if out.exists():
         raise RunsError(f"{out} exists; choose a new folder for the runs, or leave out --draw to use what is there.")
-    alphabets = {name: pages for name, pages in _drawings(source).items() if _pairs(pages, ways)}
+    drawings = _drawings(source)
+    alphabets = {name: pages for name, pages in drawings.items() if _pairs(pages, ways)}
     if not alphabets:
         where = "The source" if isinstance(source, Source) else source
         raise RunsError(
             f"{where} has no alphabet with {ways} characters drawn by the same two hands; expected files "
             "ALPHABET/CHARACTER/NAME_DRAWER.png, such as Greek/character01/0394_07.png. Fewer --ways?"
+        )
+    if small := sorted(drawings.keys() - alphabets.keys()):
+        logger.warning(
+            "Left out for want of %d characters by the same two hands: %s. Fewer ways would take them in.",
+            ways,
+            ", ".join(small[:5]) + (f" and {len(small) - 5} more" if len(small) > 5 else ""),
         )
     generator = np.random.default_rng(seed)
     order = generator.permutation(sorted(alphabets)).tolist()
