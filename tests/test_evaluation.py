@@ -30,7 +30,7 @@ from embedlab.data import open_source
 from embedlab.encoders import Encoder, LinearHead, ResNet
 from embedlab.retrieval import write_embeddings
 from embedlab.retrieval.comparison import compare, to_text
-from embedlab.retrieval.evaluation import Plan, evaluate, retrieval_figures
+from embedlab.retrieval.evaluation import Plan, evaluate, interval_of, intervals_of, retrieval_figures
 from embedlab.retrieval.findings import class_figures, confusions, examples, nearest_of_class
 from embedlab.retrieval.subjects import Subject, short_names, stored_subject
 from embedlab.serving import evaluation, evaluation_pictures
@@ -556,6 +556,17 @@ def test_a_perfect_encoder_has_honest_intervals(tmp_path) -> None:
     assert found.figures["intervals"]["recall_at_1"] == pytest.approx(metrics.wilson_interval(8, 8))
     document = evaluation.evaluation_report([found], None, {**protocol_for(found)})
     assert "No query lies nearest to another class." in require_harmless(document).text
+
+
+def test_a_share_that_no_resample_changes_is_no_certainty() -> None:
+    """Half of the pictures of each identity are right: every mean of identities is 0.5."""
+    half, labels = np.tile([1.0, 0.0], 6), np.repeat(list("abcdef"), 2).tolist()
+    gap = np.where(np.arange(12) < 2, np.nan, half)
+    assert intervals_of({"recall": half}, labels) == {"recall": metrics.wilson_interval(3, 6)}
+    assert intervals_of({"recall": half, "gap": gap}, labels)["gap"] == metrics.wilson_interval(2.5, 5)
+    resamples = np.ones(500)
+    resamples[:5] = 0.9  # fewer than the tail
+    assert interval_of(resamples) is None
 
 
 def test_a_recall_is_at_least_that_of_smaller_depths() -> None:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from embedlab import metrics
 from embedlab._types import Batch
 from embedlab.data import ImageData, Mix, Source, Views
 from embedlab.data.module import ImageBatches
@@ -255,6 +256,22 @@ def test_two_classes_by_group_report_the_positive_one() -> None:
     assert report["threshold_from"] == "half"
     with pytest.raises(ValueError, match="positive names one of two classes; the data has .* got 'broken'"):
         finetune(data(root=parts, split="group", images_per_class=None), encoder, positive="broken", progress=False)
+
+
+def test_a_test_without_a_mistake_is_no_certainty() -> None:
+    """Twelve groups, three of them red: some draws have none of these, and an MCC of 0 is none of theirs."""
+    pixels = np.full((48, 12, 12, 3), (20, 20, 200), np.uint8)
+    bad = np.arange(48) % 16 < 4
+    pixels[bad] = (200, 20, 20)
+    labels = np.where(bad, "bad", "good").tolist()
+    roles = ["train"] * 12 + ["test"] * 36
+    parts = Source.from_arrays(pixels, labels, columns={"group": [f"part {n // 4}" for n in range(48)], "split": roles})
+    views = Views(jitter=0, grayscale=0)
+    module = data(root=parts, split="column", images_per_class=None, views=views)
+    report = finetune(module, Encoder(net(), image_size=12), steps=20, positive="bad", progress=False)
+    assert (report["accuracy"], report["mcc"], report["auc"]) == (1, pytest.approx(1), 1)
+    none = dict.fromkeys(("auc", "average_precision", "f_beta", "mcc"))
+    assert report["intervals"] == {"accuracy": metrics.wilson_interval(9, 9), **none}
 
 
 def test_the_calibrate_role_sets_the_threshold_of_the_positive_class(tmp_path) -> None:

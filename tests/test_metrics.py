@@ -559,6 +559,15 @@ def test_wilson_interval_solves_its_own_equation():
     assert metrics.wilson_interval(0, 20)[0] == 0
 
 
+def test_an_interval_without_width_is_not_told():
+    owners = ["a", "a", "b", "c"]
+    assert metrics.told_interval((0.2, 0.3), owners, share=0.25) == (0.2, 0.3)
+    for share in (0.0, 0.5, 1.0):
+        got = metrics.told_interval((share, share + 1e-16), owners, share=share)
+        assert got == metrics.wilson_interval(3 * share, 3)
+    assert metrics.told_interval((0.9999999999999998, 1.0), owners) is None
+
+
 @pytest.mark.parametrize(
     ("function", "text"),
     [

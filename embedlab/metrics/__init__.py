@@ -14,7 +14,8 @@ clustering      clustering_report by k-means, normalized_mutual_information, adj
 linear probe    linear_probe_accuracy, fit_linear_probe
 health          feature_std, effective_rank, alignment, uniformity, hubness (no labels needed)
 intervals       bootstrap_interval over identities, bootstrap_statistic of any figure, paired_interval of two encoders,
-                wilson_interval; of verification: draw_pairs, verification_resamples
+                wilson_interval, told_interval which claims no certainty; of verification: draw_pairs,
+                verification_resamples
 several ranks   each_sample_once
 """
 
@@ -34,6 +35,7 @@ from embedlab.metrics.intervals import (
     bootstrap_intervals,
     bootstrap_statistic,
     paired_interval,
+    told_interval,
     wilson_interval,
 )
 from embedlab.metrics.open_set import (
@@ -135,6 +137,7 @@ __all__ = [
     "roc_auc",
     "roc_curve",
     "tar_at_far",
+    "told_interval",
     "uniformity",
     "unknown_auroc",
     "verification_report",

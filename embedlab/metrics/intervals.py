@@ -9,6 +9,7 @@ import numpy as np
 from embedlab.metrics._arrays import Floats, Integers, as_array, as_count, as_labels
 
 _BLOCK = 4 << 20  # numbers drawn at a time
+_ROUNDING = 1e-12  # by which draws of one value differ
 
 
 def bootstrap_interval(
@@ -227,6 +228,42 @@ def wilson_interval(successes: float, trials: float, *, confidence: float = 0.95
     half = z * (share * (1 - share) / trials + z * z / (4 * trials**2)) ** 0.5 / shrink
     # exact at the ends, where rounding would leave 1e-17
     return (max(0.0, middle - half) if successes else 0.0), (min(1.0, middle + half) if successes < trials else 1.0)
+
+
+def told_interval(
+    interval: tuple[float, float], identities: Any, *, share: float | None = None
+) -> tuple[float, float] | None:
+    """A 95 % interval of a bootstrap as it may be told: none claims certainty because all draws gave the same.
+
+    Samples without a mistake show none in any draw, which says nothing of how rare mistakes are.
+
+    Args:
+        interval: What `bootstrap_interval` or `bootstrap_statistic` gave.
+        identities: (N,) what was drawn.
+        share: The figure, where it is a share of the samples in [0, 1], such as an accuracy or a recall.
+
+    Returns:
+        The interval. Where it has no width, of a share `wilson_interval` with identities as trials, and of other
+        figures (an AUC, an MCC) None.
+
+    Raises:
+        ValueError: A share outside [0, 1].
+
+    Example:
+        >>> told_interval((0.8, 0.9), ["ann", "bob"])
+        (0.8, 0.9)
+        >>> low, high = told_interval((1.0, 1.0), ["ann", "ann", "bob"], share=1.0)
+        >>> round(low, 3), high
+        (0.342, 1.0)
+        >>> told_interval((1.0, 1.0), ["ann", "ann", "bob"]) is None
+        True
+    """
+    if interval[1] - interval[0] > _ROUNDING:
+        return interval
+    if share is None:
+        return None
+    trials = len(set(as_labels(identities, "identities").tolist()))
+    return wilson_interval(share * trials, trials)
 
 
 def _finite(values: Any, name: str) -> Floats:

@@ -30,11 +30,11 @@ from embedlab.metrics import (
     nearest_neighbours,
     oscr,
     retrieval_report,
+    told_interval,
     uniformity,
     unknown_auroc,
     verification_report,
     verification_resamples,
-    wilson_interval,
 )
 from embedlab.retrieval.open_set import (
     Mask,
@@ -306,9 +306,10 @@ def protocol_of(found: Sequence[Evaluation]) -> dict[str, Any]:
         "data": {name: _counted(side) for name, side in sides.items() if side is not None},
         "intervals": {
             "confidence": 0.95,
-            "method": "percentile bootstrap over identities, the labels of the queries; where all queries are right, "
-            "or none, Wilson's score interval with identities as trials; the lower end of a recall is that of the "
-            "smaller depths where these are higher; no interval of a figure of pairs that no resample changes",
+            "method": "percentile bootstrap over identities, the labels of the queries; where no resample changes a "
+            "share, as where all queries are right, Wilson's score interval with identities as trials; the lower end "
+            "of a recall is that of the smaller depths where these are higher; no interval of a figure of pairs that "
+            "no resample changes",
             "resamples": 2000,
             "verification_resamples": RESAMPLES,
             "seed": 0,
@@ -417,17 +418,16 @@ def _most_candidates(query: Embeddings, reference: Embeddings | None, groups: An
 def intervals_of(per_query: Mapping[str, Floats], labels: Sequence[str]) -> dict[str, tuple[float, float]]:
     """Of each figure over identities; none where there are fewer than two.
 
-    Where all queries are right, or none, resampling says nothing, and the score interval of a share over identities
-    does.
+    Where no resample differs from another, as where all queries are right, it is the score interval of a share over
+    identities.
     """
     if not enough(next(iter(per_query.values())), labels):
         return {}
     found = bootstrap_intervals(per_query, labels)
     for name, values in per_query.items():
         counted = ~np.isnan(values)
-        if np.ptp(values[counted]) == 0 and values[counted][0] in (0, 1):
-            identities = len({label for label, kept in zip(labels, counted.tolist(), strict=True) if kept})
-            found[name] = wilson_interval(float(values[counted][0]) * identities, identities)
+        share = float(values[counted].mean())
+        found[name] = told_interval(found[name], np.asarray(labels)[counted], share=share) or found[name]
     return found
 
 
@@ -492,10 +492,10 @@ def interval_of(resamples: Floats) -> tuple[float, float] | None:
     Data without an error show none in any resample, which says nothing of how many there are.
     """
     counted = resamples[~np.isnan(resamples)]
-    if len(counted) < 0.9 * len(resamples) or np.ptp(counted) == 0:
+    if len(counted) < 0.9 * len(resamples):
         return None
     low, high = np.quantile(counted, [0.025, 0.975])
-    return float(low), float(high)
+    return told_interval((float(low), float(high)), ())
 
 
 def _health(vectors: Any, seed: int) -> dict[str, Any]:

@@ -19,7 +19,13 @@ from embedlab._json import plain
 from embedlab.data import ImageData, write_split
 from embedlab.encoders import Encoder
 from embedlab.methods.trainer import SaveEncoder, StepBar, fast_precision, quiet
-from embedlab.metrics import best_threshold, bootstrap_interval, bootstrap_statistic, classification_report
+from embedlab.metrics import (
+    best_threshold,
+    bootstrap_interval,
+    bootstrap_statistic,
+    classification_report,
+    told_interval,
+)
 from embedlab.tasks.classification import Classification
 
 
@@ -64,7 +70,9 @@ def finetune(
 
     Returns:
         The figures of the last step on the test role, with the protocol that made them. `intervals` are 95 %, by
-        resampling the images, or the groups where the source has a column `group`.
+        resampling the images, or the groups where the source has a column `group`; draws of one class only are left
+        out. Where no draw differs from another, as where all is right, that of the accuracy is `wilson_interval` with
+        images or groups as trials, and other figures have None; so have those that too few draws define.
     """
     if positive is not None:
         data.setup()
@@ -189,11 +197,12 @@ def _intervals(
     data: ImageData,
     positive: str | None,
     beta: float,
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, tuple[float, float] | None]:
     """By name; of many classes only the accuracy, whose bootstrap is cheap."""
     if len(set(owners.tolist())) < 2:
         return {}
-    found = {"accuracy": bootstrap_interval((predicted == targets).astype(float), owners)}
+    right = (predicted == targets).astype(float)
+    found = {"accuracy": told_interval(bootstrap_interval(right, owners), owners, share=float(right.mean()))}
     if positive is None:
         return found
     number = data.class_names.index(positive)
@@ -201,10 +210,13 @@ def _intervals(
     for name in ("auc", "average_precision", "f_beta", "mcc"):
 
         def figure(rows: np.ndarray, name: str = name) -> float:
+            if truth[rows].all() or not truth[rows].any():
+                return float("nan")
             return classification_report(guess[rows], truth[rows], scores=scores[rows], beta=beta)[name]
 
+        found[name] = None
         with contextlib.suppress(ValueError):  # too few groups with a positive
-            found[name] = bootstrap_statistic(figure, owners)
+            found[name] = told_interval(bootstrap_statistic(figure, owners), owners)
     return found
 
 

@@ -60,8 +60,8 @@ from embedlab.metrics import (
     nearest_neighbours,
     retrieval_report,
     roc_auc,
+    told_interval,
     verification_resamples,
-    wilson_interval,
 )
 from embedlab.retrieval import Gallery
 from embedlab.retrieval.open_set import choose_templates, take
@@ -118,10 +118,8 @@ def told(interval: tuple[float, float], values: Sequence[float], owners: Any) ->
 
     Where all is right, or nothing, it is then the score interval of a share over identities; elsewhere there is none.
     """
-    if interval[0] < interval[1]:
-        return interval
-    identities, share = len(set(np.asarray(owners).tolist())), float(np.mean(values))
-    return wilson_interval(share * identities, identities) if share in (0, 1) else None
+    share = float(np.mean(values))
+    return told_interval(interval, owners, share=share if share in (0, 1) else None)
 
 
 def figure(statistics: Sequence[Callable[[Any], float]], owners: Any) -> Figure:
