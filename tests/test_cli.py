@@ -375,10 +375,10 @@ def test_bad_input_is_one_clear_line(pictures, encoder, tmp_path, capsys) -> Non
     broken = tmp_path / "broken" / "a"
     broken.mkdir(parents=True)
     for number in range(3):
-        (broken / f"{number}.jpg").write_bytes((pictures / "c00" / "0.png").read_bytes()[: 60 if number == 1 else None])
+        (broken / f"{number}.jpg").write_bytes((pictures / "c00" / "0.png").read_bytes()[: 60 if number else None])
     out = ["--encoder", encoder, "--out", tmp_path / "out"]
     assert "1.jpg" in fails(capsys, "embed", broken.parent, *out)
-    assert "1 of 3 images cannot be read" in fails(capsys, "embed", broken.parent, *out, "--on-error", "skip")
+    assert "2 of 3 images cannot be read" in fails(capsys, "embed", broken.parent, *out, "--on-error", "skip")
     assert not (tmp_path / "out").exists()
     assert "holds no saved encoder" in fails(
         capsys, "embed", pictures, "--encoder", tmp_path, "--out", tmp_path / "out"

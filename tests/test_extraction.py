@@ -157,7 +157,7 @@ def test_a_finished_run_has_nothing_to_resume(photos, tmp_path, three, monkeypat
     assert "out was begun for something else: images was 20 and is 21; names and labels was" in capsys.readouterr().err
 
 
-def test_unreadable_images_count_over_all_parts(photos, tmp_path, monkeypatch, caplog):
+def test_unreadable_images_count_over_all_parts(photos, tmp_path, monkeypatch, caplog, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(150):
@@ -170,8 +170,12 @@ def test_unreadable_images_count_over_all_parts(photos, tmp_path, monkeypatch, c
     got = read_embeddings(tmp_path / "skip")
     assert got.ids.tolist() == [row for row in range(150) if row != 7]
     assert "Skipped 1 of 150 images" in caplog.text
-    (folder / "008.png").write_bytes(b"no image")
+    (folder / "008.png").write_bytes(b"")
+    caplog.clear()
     assert main([*run, str(tmp_path / "many"), "--on-error", "skip"]) == 1  # 2 of 150 are more than 1 %
+    told = capsys.readouterr().err
+    assert "2 of 150 images cannot be read, more than the share of 0.01 (or the one) that may be skipped" in told
+    assert "008.png: the file is empty (0 bytes)" in told, "the reason of each part is that of the whole"
 
 
 def run_worker(arguments, **options):
@@ -211,7 +215,8 @@ def test_an_error_in_one_process_ends_them_all(photos, tmp_path):
     assert "19.png: it is text, not an image" in log
     assert "gloo" not in log
     assert "Warning" not in log
-    assert main([*arguments[:-2], "--out", str(tmp_path / "out"), "--resume", "--on-error", "skip"]) == 1  # 1 of 20
+    assert main([*arguments[:-2], "--out", str(tmp_path / "out"), "--resume", "--on-error", "skip"]) == 0
+    assert len(read_embeddings(tmp_path / "out")) == 19
 
 
 @pytest.mark.ddp

@@ -591,6 +591,24 @@ def test_too_many_skipped_is_an_error(ten: list[Path]) -> None:
     assert (images.shape, kept.tolist(), len(skipped)) == ((0, 3, 6, 6), [], 10)
 
 
+def test_one_of_few_may_always_be_skipped(ten: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+    ten[4].write_bytes(b"")
+    with caplog.at_level(logging.WARNING, "embedlab"):
+        assert read_images(ten, 6, on_error="skip")[1].tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert "Skipped 1 of 10 images" in caplog.text
+    with pytest.raises(ValueError, match=r"^1 of 10 images cannot be read, more than the share of 0 that may be"):
+        read_images(ten, 6, on_error="skip", skip_limit=0)
+    with pytest.raises(ValueError, match=r"^1 of 1 images cannot be read, more than the share of 0\.01 that may be"):
+        read_images(ten[4:5], 6, on_error="skip")
+    ten[5].write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"^2 of 10 .* \(or the one\) that .* Repair them, or take them out of the data"
+    ):
+        read_images(ten, 6, on_error="skip")
+    with pytest.raises(ImageError, match=r"\(--on-error skip, in fit --data\.init_args\.on_error skip, in Python"):
+        read_images(ten, 6)
+
+
 def test_reading_nothing_gives_nothing() -> None:
     images, kept, skipped = read_images([], 6)
     assert (images.shape, kept.shape, skipped) == ((0, 3, 6, 6), (0,), [])

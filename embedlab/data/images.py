@@ -21,7 +21,8 @@ Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
 Fit = Literal["crop", "stretch", "pad", "ink"]
-SKIP_LIMIT = 0.01  # the largest share of unreadable files that on_error="skip" leaves out
+SKIP_LIMIT = 0.01  # the largest share of unreadable files that on_error="skip" leaves out, but one always
+SKIPPED_SHOWN = 5  # of which the log or an error names the reasons
 OnError = Literal["stop", "skip"]
 
 # A file is taken for an image by its suffix and decoded by its content.
@@ -33,7 +34,10 @@ IMAGE_SUFFIXES = frozenset(
     )
 )
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
-_REPLACE = "Replace the file, take it out of the data, or skip it (--on-error skip, on_error='skip')."
+_REPLACE = (
+    "Replace the file, take it out of the data, or skip it (--on-error skip, in fit --data.init_args.on_error skip, in "
+    "Python on_error='skip')."
+)
 _BLOCK = 1024  # images handed to the threads at a time, so that a million files do not become a million futures at once
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
@@ -423,7 +427,8 @@ def read_images(
         channels: 3 for RGB, 1 for grey.
         how: "crop", "stretch", "pad" or "ink", see `fit_image`.
         on_error: "stop" raises at the first bad file (first in the order of `paths`); "skip" leaves bad ones out.
-        skip_limit: The largest share of N, in [0, 1], that may be left out; 1 allows all.
+        skip_limit: The largest share of N, in [0, 1], that may be left out; one file always may while others are
+            left, unless this is 0; 1 allows all.
         threads: Decoding threads; None for one per available core, eight at most.
 
     Returns:
@@ -525,15 +530,20 @@ def available_cores() -> int:
 
 
 def report_skipped(skipped: list[tuple[str, str]], total: int, skip_limit: float) -> None:
-    """Log what was left out of `total` images, or raise ValueError when it is more than the share `skip_limit`."""
+    """Log what was left out of `total` images, or raise ValueError when it is more than may be.
+
+    That is the share `skip_limit`, but one of a small set always, while others are left.
+    """
     if not skipped:
         return
-    first = "".join(f"\n  {name}: {reason}" for name, reason in skipped[:5])
-    more = f"\n  and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-    if len(skipped) > skip_limit * total:
+    shown = SKIPPED_SHOWN
+    first = "".join(f"\n  {name}: {reason}" for name, reason in skipped[:shown])
+    more = f"\n  and {len(skipped) - shown} more" if len(skipped) > shown else ""
+    least = 1 if skip_limit > 0 and total > 1 else 0
+    if len(skipped) > max(least, skip_limit * total):
         raise ValueError(
-            f"{len(skipped)} of {total} images cannot be read, more than the share of {skip_limit:.4g} that may be "
-            "skipped: is this the right folder, was it copied whole? Repair them, or take them out of the data."
-            f"{first}{more}"
+            f"{len(skipped)} of {total} images cannot be read, more than the share of {skip_limit:.4g} "
+            f"{'(or the one) ' if least else ''}that may be skipped: is this the right folder, was it copied whole? "
+            f"Repair them, or take them out of the data.{first}{more}"
         )
     logger.warning("Skipped %d of %d images that cannot be read:%s%s", len(skipped), total, first, more)

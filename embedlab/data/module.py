@@ -162,7 +162,8 @@ class ImageData(pl.LightningDataModule):
         seed: Of the split, the order and the views.
         workers: Decoding processes for data that does not fit into the cache.
         cache_gib: Decoded images up to this size are kept in memory, so that later epochs decode nothing.
-        on_error: "stop" at the first unreadable image, or "skip" (logged; more than 1 % is an error).
+        on_error: "stop" at the first unreadable image, or "skip" (logged; more than one image and 1 % of a role is an
+            error).
     """
 
     def __init__(

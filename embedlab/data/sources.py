@@ -214,7 +214,7 @@ class Source:
             channels: 3 for RGB, 1 for grey.
             how: "crop", "stretch", "pad" or "ink", see `fit_image`.
             on_error: "stop" or "skip".
-            skip_limit: The largest share that may be left out.
+            skip_limit: The largest share that may be left out, see `read_images`.
             threads: Decoding threads; torchvision data sets are always read by one, they promise nothing about more.
 
         Returns:

@@ -220,7 +220,7 @@ class Encoder(nn.Module):
             precision: "bfloat16" is 2-3 times faster on recent processors and changes a cosine by about 0.001.
             on_error: "stop" raises at the first unreadable file, "skip" leaves it out and logs it.
             progress: Show a bar on stderr when it takes longer than a second; or a bar of tqdm to move on.
-            skip_limit: Largest share that may be left out.
+            skip_limit: Largest share that may be left out, see `read_images`.
 
         Returns:
             Embeddings whose ids are row numbers of the input; labels and paths as far as the input has them.

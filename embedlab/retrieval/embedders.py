@@ -262,7 +262,7 @@ class OnnxEmbedder:
             precision: "float32"; nothing else is in the file.
             on_error: "stop" raises at the first unreadable file, "skip" leaves it out and logs it.
             progress: Show a bar on stderr when it takes longer than a second; or a bar of tqdm to move on.
-            skip_limit: Largest share that may be left out.
+            skip_limit: Largest share that may be left out, see `read_images`.
 
         Returns:
             Embeddings whose ids are row numbers of the input; labels and paths as far as the input has them.

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from embedlab._durable import new_folder, put_in_place, write_file
 from embedlab._types import Embeddings, Ids
-from embedlab.data.images import SKIP_LIMIT, OnError, report_skipped
+from embedlab.data.images import SKIP_LIMIT, SKIPPED_SHOWN, ImageError, OnError, report_skipped
 from embedlab.data.sources import Source
 from embedlab.retrieval.embedders import Embedder, on_device
 from embedlab.retrieval.embeddings import digest_of, part_name, read_protocol, refuse_taken, write_part, write_protocol
@@ -268,7 +268,9 @@ class Extraction:
             )
         ids = np.array([key for note in notes if note for key in note["ids"]], dtype=np.int64)
         absent = np.setdiff1d(np.arange(len(self.source)), ids).tolist()
-        skipped = [(self.source.names[row], "the file cannot be read") for row in absent]
+        skipped = [(self.source.names[row], "") for row in absent]
+        if absent:  # another process may have skipped them, in another run
+            skipped[:SKIPPED_SHOWN] = [self._reason(row) for row in absent[:SKIPPED_SHOWN]]
         report_skipped(skipped, len(self.source), SKIP_LIMIT)
         if self.parts:
             with safe_open(self.place / part_name(0), framework="numpy") as file:
@@ -282,6 +284,14 @@ class Extraction:
         )
         files = {part_name(part): note["digest"] for part, note in enumerate(notes) if note}
         write_protocol(self.place, rows, self._wanted, files)
+
+    def _reason(self, row: int) -> tuple[str, str]:
+        """The name of an image that was skipped, and why it cannot be read."""
+        try:
+            self.source.image(row)
+        except ImageError as error:
+            return self.source.names[row], error.reason
+        return self.source.names[row], "it could not be read, and can be now"
 
     def _beside(self, part: int) -> Path:
         return self.place / f"part-{part:05d}.json"
