@@ -179,10 +179,19 @@ def test_groups_that_cannot_be_are_refused(folder, tmp_path, capsys) -> None:
     assert "There is no column 'camera' for --groups; there are none." in refused(capsys, *stored)
     table = tmp_path / "gaps.csv"
     table.write_text("path,label,camera\n" + "".join(f"{folder}/images/c{n}/0.png,c{n},{'x' * n}\n" for n in (0, 1)))
-    message = (
-        "An image has {'camera': ''} for --groups: images without a value would be of one group. Fill in the column"
-    )
+    message = f"{folder}/images/c0/0.png has no value in the column 'camera': images without one would be of one group."
     assert message in refused(capsys, "evaluate", table, *encoder, "--groups", "camera")
+
+
+def test_columns_are_looked_for_before_anything_is_embedded(folder, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(Encoder, "embed", None)
+    table = tmp_path / "bare.csv"
+    table.write_text(f"path,label\n{folder}/images/c0/0.png,c0\n")
+    given = ["evaluate", folder / "all.csv", "--encoder", folder / "a" / "encoder"]
+    assert "no column 'camera' for --groups" in refused(capsys, *given, "--groups", "camera")
+    for option in ("--groups", "--coarse"):
+        message = refused(capsys, *given, "--reference", table, option, "family")
+        assert f"no column 'family' for {option}; there are none" in message
 
 
 def test_the_protocol_says_how_it_was_made(folder, tmp_path, capsys) -> None:

@@ -258,6 +258,18 @@ def test_two_classes_by_group_report_the_positive_one() -> None:
         finetune(data(root=parts, split="group", images_per_class=None), encoder, positive="broken", progress=False)
 
 
+def test_images_without_a_group_are_named_before_the_training() -> None:
+    roles, encoder = ["train", "test"] * 24, Encoder(net(), image_size=12)
+    for gap in (6, 7):
+        groups = ["" if row == gap else f"part {row // 4}" for row in range(48)]
+        parts = source(columns={"group": groups, "split": roles})
+        message = rf"array\[{gap}\] has no value in the column 'group': images without one would be of one group"
+        with pytest.raises(ValueError, match=message):
+            data(root=parts, split="group").setup()
+    with pytest.raises(ValueError, match=message):  # that one is tested, and groups are resampled
+        finetune(data(root=parts, split="column", images_per_class=None), encoder, steps=1, progress=False)
+
+
 def test_a_test_without_a_mistake_is_no_certainty() -> None:
     """Twelve groups, three of them red: some draws have none of these, and an MCC of 0 is none of theirs."""
     pixels = np.full((48, 12, 12, 3), (20, 20, 200), np.uint8)

@@ -18,7 +18,7 @@ from embedlab._types import Batch
 from embedlab.data.degradations import Degrade
 from embedlab.data.images import SKIP_LIMIT, Fit, OnError, report_skipped
 from embedlab.data.samplers import BalancedBatches, EvaluationBatches, ResumableLoader, ShuffledBatches
-from embedlab.data.sources import Source, open_source
+from embedlab.data.sources import Source, open_source, refuse_gaps
 from embedlab.data.splits import split_by_class, split_by_group, split_by_sample, write_split
 from embedlab.data.views import FixedViews, PerImage, Views, WholeBatch, color_statistics, keyed_views, to_float
 
@@ -281,6 +281,7 @@ class ImageData(pl.LightningDataModule):
                 raise ValueError(
                     f"split=group needs a column 'group'; {self.root} has {sorted(source.columns) or 'none'}."
                 )
+            refuse_gaps(source.columns["group"], "group", source.names)
             return split_by_group(source.columns["group"], self.fractions, seed=self.seed)
         if self.split == "sample":
             return split_by_sample(source.names, source.labels, fractions=self.fractions, seed=self.seed)

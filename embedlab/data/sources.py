@@ -256,6 +256,22 @@ def class_numbers(labels: Sequence[str]) -> tuple[list[str], Rows]:
     return names, np.array([number[label] for label in labels], dtype=np.int64)
 
 
+def refuse_gaps(groups: Sequence[str], column: str, names: Sequence[str] | None) -> None:
+    """Raise ValueError where an image has no group, for all such images would be of one.
+
+    Args:
+        groups: N values of a column.
+        column: Its name.
+        names: N samples; None where they have no names.
+    """
+    if "" in groups:
+        row = list(groups).index("")
+        raise ValueError(
+            f"{f'row {row}' if names is None else names[row]} has no value in the column {column!r}: images without "
+            "one would be of one group. Fill it in (an image alone is a group of its own), or do without the column."
+        )
+
+
 def open_source(path: str | os.PathLike[str], *, select: Mapping[str, str | Collection[str]] | None = None) -> Source:
     """Open whatever holds images.
 

@@ -16,6 +16,7 @@ import numpy as np
 from embedlab._machine import processor_name, versions
 from embedlab._types import Embeddings, Ids
 from embedlab.data.images import available_cores
+from embedlab.data.sources import open_source, refuse_gaps
 from embedlab.metrics import (
     PairSample,
     VerificationReport,
@@ -205,8 +206,14 @@ def evaluate(subject: Subject, plan: Plan) -> Evaluation:
     """
     if plan.degradations and subject.encoder is None:  # an error now, not after the work
         raise ValueError(f"{plan.path} holds vectors; --degradations needs images to degrade, and --encoder.")
-    query = subject.read(plan.path, plan.select)
     searched = plan.reference or (plan.path if plan.reference_select else None)
+    if subject.encoder is not None and (plan.groups or plan.coarse):  # an error now, not after all is embedded
+        for path, select in ((plan.path, plan.select), *([(searched, plan.reference_select)] if searched else [])):
+            source = open_source(path, select=select)
+            _group_names(plan.groups, source.columns, source.labels, source.names)
+            if plan.coarse:
+                _column(source.columns, source.labels, plan.coarse, "--coarse")
+    query = subject.read(plan.path, plan.select)
     reference = None if searched is None else subject.read(searched, plan.reference_select)
     others = None if reference is None else reference.embeddings
     _refuse_shared_images(query.embeddings, others)
@@ -272,24 +279,28 @@ def _groups(columns: Sequence[str], query: Reading, reference: Reading | None) -
     """The group of each image, as JSON of the values that name it."""
     if not columns:
         return None
-    named = []
-    for side in (query, *([] if reference is None else [reference])):
-        values = [_column(side, column, "--groups") for column in columns]
-        if (empty := next((row for row in zip(*values, strict=True) if not all(row)), None)) is not None:
-            raise ValueError(
-                f"An image has {dict(zip(columns, empty, strict=True))} for --groups: images without a value would be "
-                "of one group. Fill in the column; an image alone is a group of its own."
-            )
-        named.append([json.dumps(row) for row in zip(*values, strict=True)])
-    return named[0] if reference is None else (named[0], named[1])
+    own, *others = (
+        _group_names(columns, side.columns, side.embeddings.labels, side.embeddings.paths)
+        for side in (query, *([] if reference is None else [reference]))
+    )
+    return (own, others[0]) if others else own
 
 
-def _column(side: Reading, column: str, option: str) -> list[str]:
-    if column == "label" and side.embeddings.labels is not None:
-        return side.embeddings.labels
-    if column not in side.columns:
-        raise ValueError(f"There is no column {column!r} for {option}; there are {sorted(side.columns) or 'none'}.")
-    return side.columns[column]
+def _group_names(
+    columns: Sequence[str], known: Mapping[str, list[str]], labels: list[str] | None, names: list[str] | None
+) -> list[str]:
+    values = [_column(known, labels, column, "--groups") for column in columns]
+    for column, found in zip(columns, values, strict=True):
+        refuse_gaps(found, column, names)
+    return [json.dumps(row) for row in zip(*values, strict=True)]
+
+
+def _column(known: Mapping[str, list[str]], labels: list[str] | None, column: str, option: str) -> list[str]:
+    if column == "label" and labels is not None:
+        return labels
+    if column not in known:
+        raise ValueError(f"There is no column {column!r} for {option}; there are {sorted(known) or 'none'}.")
+    return known[column]
 
 
 def protocol_of(found: Sequence[Evaluation]) -> dict[str, Any]:
@@ -443,7 +454,11 @@ def _coarse(
     sides = {"query": query} | ({} if reference is None else {"reference": reference})
     parents: dict[str, str] = {}
     for name, side in sides.items():
-        for label, coarse in zip(_labels(side.embeddings, name), _column(side, column, "--coarse"), strict=True):
+        for label, coarse in zip(
+            _labels(side.embeddings, name),
+            _column(side.columns, side.embeddings.labels, column, "--coarse"),
+            strict=True,
+        ):
             if parents.setdefault(label, coarse) != coarse:
                 raise ValueError(
                     f"{label!r} is {parents[label]!r} and {coarse!r} in the column {column!r}: --coarse takes one "

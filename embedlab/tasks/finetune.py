@@ -17,6 +17,7 @@ from torch import nn
 
 from embedlab._json import plain
 from embedlab.data import ImageData, write_split
+from embedlab.data.sources import refuse_gaps
 from embedlab.encoders import Encoder
 from embedlab.methods.trainer import SaveEncoder, StepBar, fast_precision, quiet
 from embedlab.metrics import (
@@ -83,6 +84,7 @@ def finetune(
     data.setup()
     if not (data.roles == "test").any():
         raise ValueError(f"Nothing to test on: no image has the role test (split {data.split}).")
+    _owners(data, np.flatnonzero(data.roles == "test"))  # an error now, not after the work
     quiet()
     precision = precision or fast_precision()
     torch.manual_seed(seed)
@@ -186,7 +188,11 @@ def _decided(probabilities: np.ndarray, data: ImageData, positive: str | None, t
 def _owners(data: ImageData, rows: np.ndarray) -> np.ndarray:
     """Whose rows they are: groups where the source knows them, else every image is its own."""
     assert data.source is not None
-    return np.array(data.source.columns["group"])[rows] if "group" in data.source.columns else rows
+    if "group" not in data.source.columns:
+        return rows
+    groups = [data.source.columns["group"][row] for row in rows]
+    refuse_gaps(groups, "group", [data.source.names[row] for row in rows])
+    return np.array(groups)
 
 
 def _intervals(
