@@ -233,6 +233,12 @@ def test_classification_fine_tunes_and_reports(tmp_path) -> None:
     report = finetune(module, encoder, steps=60, rate=1e-2, backbone_rate=0.3, run=tmp_path / "run", progress=False)
     assert report["accuracy"] > 0.5
     assert report["auc"] > 0.8
+    made = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (made["path"], made["split"], made["fractions"]) == (None, "sample", [0.5, 0.25, 0.25])
+    assert (made["labels_per_class"], made["batch_size"], made["weight_decay"]) == (None, 12, 0.05)
+    assert (made["views"]["flip"], made["views"]["jitter"], made["skipped_images"]) == (0.5, 0, [])
+    assert {"embedlab", "python", "torch"} <= made["versions"].keys()
+    assert all(made["hardware"][name] for name in ("processor", "cores", "device"))
     assert 0 < report["precision"] <= 1
     assert encoder.fingerprint == before, "the encoder that was given stays as it is"
     assert json.loads((tmp_path / "run" / "report.json").read_text())["accuracy"] == report["accuracy"]
@@ -256,6 +262,8 @@ def test_two_classes_by_group_report_the_positive_one() -> None:
     assert report["threshold_from"] == "half"
     with pytest.raises(ValueError, match="positive names one of two classes; the data has .* got 'broken'"):
         finetune(data(root=parts, split="group", images_per_class=None), encoder, positive="broken", progress=False)
+    with pytest.raises(ValueError, match="positive is for data of two classes; this has 6, such as .*Leave it out"):
+        finetune(data(split="sample", images_per_class=None), encoder, positive="class 0", progress=False)
 
 
 def test_images_without_a_group_are_named_before_the_training() -> None:
@@ -295,9 +303,12 @@ def test_the_calibrate_role_sets_the_threshold_of_the_positive_class(tmp_path) -
     assert report["threshold_from"] == "calibrate"
     with (tmp_path / "run" / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
-    for row in rows:  # the probability is that of the decision
-        bad = float(row["probability"]) if row["predicted"] == "bad" else 1 - float(row["probability"])
+    assert list(rows[0]) == ["path", "label", "predicted", "probability_of_bad"]
+    for row in rows:
+        bad = float(row["probability_of_bad"])
         assert (bad >= report["threshold"] - 1e-6) == (row["predicted"] == "bad")
+    scores, truth = [float(row["probability_of_bad"]) for row in rows], [row["label"] == "bad" for row in rows]
+    assert report["auc"] == pytest.approx(metrics.roc_auc(scores, truth))
     hits, missed, alarms = (
         sum((row["label"], row["predicted"]) == pair for row in rows)
         for pair in (("bad", "bad"), ("bad", "good"), ("good", "bad"))

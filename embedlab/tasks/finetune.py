@@ -7,6 +7,7 @@ import copy
 import csv
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,9 @@ import torch
 from torch import nn
 
 from embedlab._json import plain
-from embedlab.data import ImageData, write_split
+from embedlab._machine import processor_name, versions
+from embedlab.data import ImageData, Source, Views, write_split
+from embedlab.data.images import available_cores
 from embedlab.data.sources import refuse_gaps
 from embedlab.encoders import Encoder
 from embedlab.methods.trainer import SaveEncoder, StepBar, fast_precision, quiet
@@ -66,7 +69,9 @@ def finetune(
             threshold with the best F-beta on these; without them at one half.
         beta: Weight of recall against precision in f_beta; 2 for missed defects that cost more than false alarms.
         seed: Of the classifier's weights.
-        run: Folder for report.json, predictions.csv, encoder/ and checkpoints/; None keeps nothing.
+        run: Folder for report.json, predictions.csv, encoder/ and checkpoints/; None keeps nothing. In predictions.csv
+            `probability` is that of the class that was predicted; with `positive` it is `probability_of_LABEL`, that
+            of the positive class, which the threshold decides by.
         progress: Show bars.
 
     Returns:
@@ -77,10 +82,13 @@ def finetune(
     """
     if positive is not None:
         data.setup()
-        if len(data.class_names) != 2 or positive not in data.class_names:
+        if (count := len(data.class_names)) != 2:
             raise ValueError(
-                f"positive names one of two classes; the data has {data.class_names[:5]}, got {positive!r}."
+                f"positive is for data of two classes; this has {count}, such as {data.class_names[:5]}, and got "
+                f"positive {positive!r}. Leave it out for figures that are means over all classes."
             )
+        if positive not in data.class_names:
+            raise ValueError(f"positive names one of two classes; the data has {data.class_names}, got {positive!r}.")
     data.setup()
     if not (data.roles == "test").any():
         raise ValueError(f"Nothing to test on: no image has the role test (split {data.split}).")
@@ -117,6 +125,7 @@ def finetune(
     started = time.perf_counter()
     trainer.fit(model, datamodule=data)
     seconds = time.perf_counter() - started
+    device = trainer.strategy.root_device
     trainer.test(model, datamodule=data, verbose=False)
     probabilities, targets, rows = model.predictions()
     threshold = None if positive is None else _threshold(model, data, positive, beta, precision)
@@ -139,18 +148,34 @@ def finetune(
         "test_images": len(targets),
         "train_images": len(data.dataset("train")),
         "classes": data.class_names,
+        "path": None if isinstance(data.root, Source) else str(data.root),
+        "select": data.select,
+        "split": data.split,
+        "fractions": None if data.split in ("column", "none") else data.fractions,
+        "split_seed": data.seed,
+        "labels_per_class": data.labels_per_class,
+        "on_error": data.on_error,
+        "skipped_images": [name for role in ("train", "test") for name in data.dataset(role).skipped],
+        "views": asdict(data.views) if isinstance(data.views, Views) else str(data.views),
+        "batch_size": data.batch_size,
         "steps": steps,
         "seed": seed,
-        "split_seed": data.seed,
         "freeze": freeze,
         "classifier": classifier,
         "rate": rate,
         "backbone_rate": backbone_rate,
+        "weight_decay": weight_decay,
         "loss": type(model.loss).__name__,
         "trainer_precision": precision,
         "encoder": encoder.fingerprint,
         "seconds": round(seconds, 2),
         "epoch": "last",
+        "versions": versions("torch", "torchvision", "pytorch-lightning", "numpy", "pillow"),
+        "hardware": {
+            "processor": processor_name(),
+            "cores": available_cores(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        },
     }
     if run is not None and trainer.is_global_zero:
         _write(Path(run), report, data, probabilities, predicted, targets, rows)
@@ -240,7 +265,9 @@ def _write(
     (run / "report.json").write_text(json.dumps(plain(report), indent=1), encoding="utf-8")
     with (run / "predictions.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["path", "label", "predicted", "probability"])
+        positive = report["positive"]
+        writer.writerow(["path", "label", "predicted", f"probability_of_{positive}" if positive else "probability"])
         for number, row in enumerate(rows):
             label, guess = data.class_names[targets[number]], data.class_names[predicted[number]]
-            writer.writerow([data.source.names[row], label, guess, f"{probabilities[number, predicted[number]]:.6f}"])
+            told = probabilities[number, data.class_names.index(positive) if positive else predicted[number]]
+            writer.writerow([data.source.names[row], label, guess, f"{told:.6f}"])

@@ -743,12 +743,7 @@ def _finetuned(
     arguments += ["--backbone-rate", 0.3, "--crop", 0.5, "--quarter-turn", 0.75, "--batch-size", 32]
     report = piece(folder, *arguments, reads=[manifest, encoder / "encoder.json"])
     with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
-        found = {
-            row["path"]: float(row["probability"])
-            if row["predicted"] == options.positive
-            else 1 - float(row["probability"])
-            for row in csv.DictReader(file)
-        }
+        found = {row["path"]: float(row[f"probability_of_{options.positive}"]) for row in csv.DictReader(file)}
     wanted = np.array(parts.pictures.source.names)[parts.tested]
     return Decisions(np.array([found[name] for name in wanted]), report["threshold"]), report["seconds"]
 
