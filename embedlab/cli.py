@@ -306,7 +306,11 @@ def _add_finetune(commands: Any) -> None:
     parser.add_argument("--run", type=Path, required=True, help="run folder for report.json, predictions.csv, encoder/")
     parser.add_argument("--split", choices=["sample", "group", "column"], default="sample", help="how roles are drawn")
     parser.add_argument(
-        "--fractions", type=float, nargs=3, default=(0.7, 0.0, 0.3), metavar=("TRAIN", "CALIBRATE", "TEST")
+        "--fractions",
+        type=float,
+        nargs=3,
+        metavar=("TRAIN", "CALIBRATE", "TEST"),
+        help="shares of the images, or groups (default 0.7 0 0.3)",
     )
     parser.add_argument("--labels-per-class", type=_count, help="train on that many images of each class")
     parser.add_argument("--steps", type=_count, default=300)
@@ -911,6 +915,11 @@ def _finetune(options: argparse.Namespace) -> Result:
     from embedlab.losses import FocalLoss
     from embedlab.tasks import finetune
 
+    if options.split == "column" and options.fractions:
+        raise ValueError(
+            "--fractions belongs to --split sample or group; --split column takes the roles that stand in the "
+            "manifest. Leave out one of the two."
+        )
     encoder = Encoder.load(options.encoder or options.scratch_like)
     if options.scratch_like:
         encoder = encoder.untrained(seed=options.seed)
@@ -920,7 +929,7 @@ def _finetune(options: argparse.Namespace) -> Result:
         options.path,
         select=_selection(options.select),  # type: ignore[arg-type]
         split=options.split,
-        fractions=tuple(options.fractions),
+        fractions=tuple(options.fractions or (0.7, 0.0, 0.3)),
         labels_per_class=options.labels_per_class,
         batch_size=options.batch_size,
         views=Views(crop_scale=(options.crop, 1.0), flip=options.flip, quarter_turn=options.quarter_turn),

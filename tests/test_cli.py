@@ -489,4 +489,5 @@ def test_numbers_and_folders_are_checked_before_the_work(pictures, encoder, tmp_
     assert (tmp_path / "new" / "report.json").is_file()
     tune = ["finetune", pictures, "--encoder", encoder, "--run", tmp_path / "t", "--fractions", "0.8", "0.2", "0"]
     assert "Nothing to test on" in fails(capsys, *tune)
+    assert "--fractions belongs to --split sample or group; " in fails(capsys, *tune, "--split", "column")
     assert "fpir lies between 0 and 1, got 5.0" in fails(capsys, "quickstart", "--fpir", "5", "--out", tmp_path / "q")

@@ -210,6 +210,17 @@ def test_few_labels_per_class_are_the_same_for_a_seed() -> None:
     assert chosen[0] == chosen[1] != chosen[2]
 
 
+def test_more_labels_per_class_than_there_are_is_said(caplog) -> None:
+    roles = ["train" if number % 8 < (5 if number < 8 else 2) else "test" for number in range(48)]
+    parts = source(columns={"split": roles})
+    for asked in (2, 4):
+        module = data(root=parts, split="column", labels_per_class=asked, images_per_class=None)
+        module.setup()
+        assert len(module.dataset("train")) == 10 + asked
+        told = "labels_per_class 4: 5 of 6 training classes have fewer images (the smallest 2), and all of theirs are"
+        assert (told in caplog.text) == (asked == 4)
+
+
 def test_roles_from_a_column() -> None:
     roles = np.array(["train", "val", "test"])[np.arange(48) % 3].tolist()
     module = data(root=source(columns={"split": roles}), split="column")

@@ -145,7 +145,8 @@ class ImageData(pl.LightningDataModule):
         split: Roles by identity ("class": no label is in two roles), by the column `group`, by sample, or from the
             manifest's column `split` ("column"); "none" trains on everything.
         fractions: Shares of train, calibrate and test.
-        labels_per_class: Train on this many images of each class only, drawn with the seed.
+        labels_per_class: Train on this many images of each class only, drawn with the seed; a class that has fewer
+            gives all, with a warning.
         batch_size: Images per process and step.
         images_per_class: K of balanced batches of P classes x K images, P = batch_size / K; None shuffles.
         batches_per_epoch: Steps per epoch of balanced batches; None covers as many images as there are.
@@ -316,6 +317,13 @@ class ImageData(pl.LightningDataModule):
     def _few_per_class(self, rows: np.ndarray) -> np.ndarray:
         if self.numbers is None:
             raise ValueError(f"labels_per_class needs labels, but {self.root} has none.")
+        counts = np.bincount(self.numbers[rows], minlength=self.num_classes)
+        if self.labels_per_class is not None and (short := int((counts < self.labels_per_class).sum())):
+            log.warning(
+                "labels_per_class %d: %d of %d training classes have fewer images (the smallest %d), and all of theirs "
+                "are taken.",
+                *(self.labels_per_class, short, self.num_classes, counts.min()),
+            )
         rows = np.random.default_rng([self.seed, 1]).permutation(rows)
         chosen = [rows[self.numbers[rows] == number][: self.labels_per_class] for number in range(self.num_classes)]
         return np.sort(np.concatenate(chosen))
