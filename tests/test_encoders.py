@@ -153,7 +153,7 @@ def test_embed_takes_files_sources_and_arrays_alike(tmp_path) -> None:
     assert (coarse * of_arrays.vectors).sum(1).min() > 0.99
 
 
-def test_embed_skips_bad_files_when_asked(tmp_path) -> None:
+def test_embed_skips_bad_files_when_asked(tmp_path, caplog) -> None:
     encoder = small()
     paths = [tmp_path / f"{number:03d}.png" for number in range(120)]
     for path in paths:
@@ -163,6 +163,7 @@ def test_embed_skips_bad_files_when_asked(tmp_path) -> None:
         encoder.embed(paths)
     found = encoder.embed(paths, on_error="skip")
     assert found.ids.tolist() == [row for row in range(120) if row != 7]
+    assert caplog.text.count("Skipped 1 of 120 images") == 1, "told once"
     for path in paths[10:20]:
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="11 of 120 images cannot be read"):

@@ -428,7 +428,7 @@ def read_images(
         how: "crop", "stretch", "pad" or "ink", see `fit_image`.
         on_error: "stop" raises at the first bad file (first in the order of `paths`); "skip" leaves bad ones out.
         skip_limit: The largest share of N, in [0, 1], that may be left out; one file always may while others are
-            left, unless this is 0; 1 allows all.
+            left, unless this is 0; 1 allows all and leaves the telling to whoever has `skipped`.
         threads: Decoding threads; None for one per available core, eight at most.
 
     Returns:
@@ -532,9 +532,10 @@ def available_cores() -> int:
 def report_skipped(skipped: list[tuple[str, str]], total: int, skip_limit: float) -> None:
     """Log what was left out of `total` images, or raise ValueError when it is more than may be.
 
-    That is the share `skip_limit`, but one of a small set always, while others are left.
+    That is the share `skip_limit`, but one of a small set always, while others are left. At 1 nothing is logged: images
+    are then read part by part, and told of at the end.
     """
-    if not skipped:
+    if not skipped or skip_limit == 1:
         return
     shown = SKIPPED_SHOWN
     first = "".join(f"\n  {name}: {reason}" for name, reason in skipped[:shown])
