@@ -28,7 +28,11 @@ def feature_size(backbone: nn.Module) -> int:
 
 
 def connect(backbone: nn.Module, head: nn.Module | None) -> int:
-    """Give the head the backbone's feature size, or check the one that it has; return the size of the embedding."""
+    """Give the head the backbone's feature size, or check the one that it has; return the size of the embedding.
+
+    Raises:
+        ValueError: A head for another number of features, or a backbone that does not give (B, F).
+    """
     features = feature_size(backbone)
     if head is None:
         return features

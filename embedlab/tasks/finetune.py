@@ -79,6 +79,10 @@ def finetune(
         resampling the images, or the groups where the source has a column `group`; draws of one class only are left
         out. Where no draw differs from another, as where all is right, that of the accuracy is `wilson_interval` with
         images or groups as trials, and other figures have None; so have those that too few draws define.
+
+    Raises:
+        ValueError: No image to test on, a test image without a group where the source has groups, or `positive` for
+            data that has not two classes with that one among them.
     """
     if positive is not None:
         data.setup()
