@@ -539,11 +539,12 @@ def _distributions(
     low = min(low, high - 1e-3)  # ticks that can be told apart, however alike all are
     bins = int(np.clip(2 * min(len(first), len(second)) ** (1 / 3), 10, BINS))  # Rice's rule
     edges = np.linspace(low, high, bins + 1)
-    middles = (edges[1:] + edges[:-1]) / 2
+    places = np.concatenate([edges[:1], (edges[1:] + edges[:-1]) / 2, edges[-1:]])  # drawn to both ends of the scale
     lines = []
     for values, name, tone in zip((first, second), names, tones, strict=True):
         share = np.histogram(values, edges)[0] / len(values)
-        lines.append(Line(name, list(zip(middles.tolist(), share.tolist(), strict=True)), tone, filled=True))
+        shares = share[[0, *range(bins), -1]]
+        lines.append(Line(name, list(zip(places.tolist(), shares.tolist(), strict=True)), tone, filled=True))
     return lines
 
 
