@@ -164,6 +164,9 @@ def test_embed_skips_bad_files_when_asked(tmp_path, caplog) -> None:
     found = encoder.embed(paths, on_error="skip")
     assert found.ids.tolist() == [row for row in range(120) if row != 7]
     assert caplog.text.count("Skipped 1 of 120 images") == 1, "told once"
+    caplog.clear()
+    assert len(encoder.embed(paths, on_error="skip", skip_limit=1.0)) == 119
+    assert "Skipped 1 of 120 images" in caplog.text
     for path in paths[10:20]:
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="11 of 120 images cannot be read"):

@@ -1,5 +1,6 @@
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -325,6 +326,24 @@ def test_the_calibrate_role_sets_the_threshold_of_the_positive_class(tmp_path) -
         for pair in (("bad", "bad"), ("bad", "good"), ("good", "bad"))
     )
     assert report["f_beta"] == pytest.approx(5 * hits / (5 * hits + 4 * missed + alarms))
+
+
+@pytest.mark.parametrize("role", ["calibrate", "test"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path, role, cached) -> None:
+    for number in range(48):
+        place = tmp_path / "images" / ("bad" if number % 3 == 0 else "good")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 12), (5 * number, 0, 255 - 5 * number)).save(place / f"{number}.png")
+    options = {"root": tmp_path / "images", "split": "sample", "images_per_class": None, "fractions": (0.4, 0.3, 0.3)}
+    options |= {"on_error": "skip", "cache_gib": 4.0 if cached else 0.0}
+    first = data(**options)
+    first.setup()
+    broken = first.source.names[np.flatnonzero(first.roles == role)[0]]
+    Path(broken).write_bytes(b"")
+    report = finetune(data(**options), Encoder(net(), image_size=12), steps=1, positive="bad", progress=False)
+    assert report["skipped_images"] == [broken]
+    assert report["test_images"] == (first.roles == "test").sum() - (role == "test")
 
 
 def test_a_linear_probe_leaves_the_backbone_alone(tmp_path) -> None:

@@ -30,7 +30,7 @@ def embed_images(
     batch_size: int,
     on_error: OnError,
     progress: bool | Any,
-    skip_limit: float = SKIP_LIMIT,
+    skip_limit: float | None = SKIP_LIMIT,
 ) -> Embeddings:
     """Embed files, a data source or arrays.
 
@@ -75,7 +75,8 @@ def embed_images(
                 vectors.append(embed_batch(chunk[first : first + batch_size]))
                 bar.update(len(vectors[-1]))
             bar.update(count - len(rows))
-    report_skipped(skipped, len(images), skip_limit)
+    if skip_limit is not None:
+        report_skipped(skipped, len(images), skip_limit)
     ids = np.concatenate(kept)
     return Embeddings(
         vectors=np.concatenate([part for part in vectors if len(part)] or vectors[:1]),
@@ -96,10 +97,10 @@ def _decode(
 ) -> tuple[Pixels, Rows, list[tuple[str, str]]]:
     """Read rows of a source, or of a list of paths, which may name a file twice."""
     if source is not None:
-        return source.read(rows, size, channels=channels, how=fit, on_error=on_error, skip_limit=1.0)
+        return source.read(rows, size, channels=channels, how=fit, on_error=on_error, skip_limit=None)
     assert paths is not None
     wanted = [paths[row] for row in rows.tolist()]
-    images, kept, skipped = read_images(wanted, size, channels=channels, how=fit, on_error=on_error, skip_limit=1.0)
+    images, kept, skipped = read_images(wanted, size, channels=channels, how=fit, on_error=on_error, skip_limit=None)
     return images, rows[kept], skipped
 
 

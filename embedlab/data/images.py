@@ -416,7 +416,7 @@ def read_images(
     channels: int = 3,
     how: Fit = "crop",
     on_error: OnError = "stop",
-    skip_limit: float = 0.01,
+    skip_limit: float | None = 0.01,
     threads: int | None = None,
 ) -> tuple[Pixels, Rows, list[tuple[str, str]]]:
     """Read many image files into one array, on several threads, with a bar when it lasts.
@@ -428,7 +428,7 @@ def read_images(
         how: "crop", "stretch", "pad" or "ink", see `fit_image`.
         on_error: "stop" raises at the first bad file (first in the order of `paths`); "skip" leaves bad ones out.
         skip_limit: The largest share of N, in [0, 1], that may be left out; one file always may while others are
-            left, unless this is 0; 1 allows all and leaves the telling to whoever has `skipped`.
+            left, unless this is 0; 1 allows all. None, too, and logs nothing: it is told by whoever has `skipped`.
         threads: Decoding threads; None for one per available core, eight at most.
 
     Returns:
@@ -462,7 +462,7 @@ def read_rows(
     channels: int,
     how: Fit,
     on_error: OnError,
-    skip_limit: float,
+    skip_limit: float | None,
     threads: int | None,
 ) -> tuple[Pixels, Rows, list[tuple[str, str]]]:
     """Do the work of `read_images` for images from anywhere: `load(row)` gives (H, W, channels)."""
@@ -482,17 +482,18 @@ def read_rows(
     reasons = _on_threads(fill, len(names), threads or min(8, available_cores()))
     skipped = [(name, reason) for name, reason in zip(names, reasons, strict=True) if reason is not None]
     kept = [row for row, reason in enumerate(reasons) if reason is None]
-    report_skipped(skipped, len(names), skip_limit)
+    if skip_limit is not None:
+        report_skipped(skipped, len(names), skip_limit)
     if skipped:
         for new, old in enumerate(kept):  # close the gaps in place: a second array may not fit
             images[new] = images[old]
     return images[: len(kept)], np.array(kept, dtype=np.int64), skipped
 
 
-def _check_reading(on_error: str, skip_limit: float, threads: int | None) -> None:
+def _check_reading(on_error: str, skip_limit: float | None, threads: int | None) -> None:
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error must be 'stop' or 'skip', got {on_error!r}.")
-    if not 0 <= skip_limit <= 1:
+    if skip_limit is not None and not 0 <= skip_limit <= 1:
         raise ValueError(f"skip_limit is a share in [0, 1], got {skip_limit}; 0.01 allows one image in a hundred.")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}.")
@@ -532,10 +533,9 @@ def available_cores() -> int:
 def report_skipped(skipped: list[tuple[str, str]], total: int, skip_limit: float) -> None:
     """Log what was left out of `total` images, or raise ValueError when it is more than may be.
 
-    That is the share `skip_limit`, but one of a small set always, while others are left. At 1 nothing is logged: images
-    are then read part by part, and told of at the end.
+    That is the share `skip_limit`, but one of a small set always, while others are left.
     """
-    if not skipped or skip_limit == 1:
+    if not skipped:
         return
     shown = SKIPPED_SHOWN
     first = "".join(f"\n  {name}: {reason}" for name, reason in skipped[:shown])

@@ -75,7 +75,7 @@ class ImageBatches(Dataset[Batch]):
     def _decode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read rows; the limit of skipped images holds for all rows of the role, not for one batch."""
         images, kept, skipped = self.source.read(
-            rows, self.image_size, channels=self.channels, how=self.fit, on_error=self.on_error, skip_limit=1.0
+            rows, self.image_size, channels=self.channels, how=self.fit, on_error=self.on_error, skip_limit=None
         )
         if new := [(name, reason) for name, reason in skipped if name not in self.skipped]:
             self.skipped |= dict(new)

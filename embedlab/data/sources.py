@@ -203,7 +203,7 @@ class Source:
         channels: int = 3,
         how: Fit = "crop",
         on_error: OnError = "stop",
-        skip_limit: float = 0.01,
+        skip_limit: float | None = 0.01,
         threads: int | None = None,
     ) -> tuple[Pixels, Rows, list[tuple[str, str]]]:
         """Read samples as one array; arguments and results as in `read_images`.

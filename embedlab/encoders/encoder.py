@@ -210,7 +210,7 @@ class Encoder(nn.Module):
         precision: Literal["float32", "bfloat16"] = "float32",
         on_error: OnError = "stop",
         progress: bool | Any = True,
-        skip_limit: float = SKIP_LIMIT,
+        skip_limit: float | None = SKIP_LIMIT,
     ) -> Embeddings:
         """Embed files, a data source or arrays, on the device that holds the weights.
 
@@ -226,8 +226,8 @@ class Encoder(nn.Module):
             Embeddings whose ids are row numbers of the input; labels and paths as far as the input has them.
 
         Raises:
-            ValueError: Another precision, or arrays of another shape or type.
-            ImageError: An unreadable file with on_error="stop", or more of them than `skip_limit`.
+            ValueError: Another precision, arrays of another shape or type, or more unreadable files than `skip_limit`.
+            ImageError: An unreadable file with on_error="stop".
         """
         return embed_images(
             images,

@@ -252,7 +252,7 @@ class OnnxEmbedder:
         precision: str = "float32",
         on_error: OnError = "stop",
         progress: bool | Any = True,
-        skip_limit: float = SKIP_LIMIT,
+        skip_limit: float | None = SKIP_LIMIT,
     ) -> Embeddings:
         """Embed files, a data source or arrays.
 

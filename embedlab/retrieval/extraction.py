@@ -99,7 +99,7 @@ def extract(
         logger.info("%s is finished: there is nothing left to do.", folder)
         count, images = told["count"], len(source)
         return Extracted(count, told["dim"], images - count, images, round(time.perf_counter() - started, 2))
-    options = {"batch_size": batch_size, "precision": precision, "on_error": on_error, "skip_limit": 1.0}
+    options = {"batch_size": batch_size, "precision": precision, "on_error": on_error, "skip_limit": None}
     try:
         if devices * nodes > 1:
             from embedlab.retrieval.predict import predict

@@ -168,7 +168,7 @@ def baseline_subjects(
     source = open_source(path, select=select)
     rows = list(range(0, len(source), max(1, len(source) // 256)))
     images, _, _ = source.read(
-        rows, encoder.image_size, channels=encoder.channels, how=encoder.fit, on_error="skip", skip_limit=1.0
+        rows, encoder.image_size, channels=encoder.channels, how=encoder.fit, on_error="skip", skip_limit=None
     )
     pixels = Encoder(Pixels(encoder.image_size, in_channels=encoder.channels), **encoder.preprocessing)
     return [

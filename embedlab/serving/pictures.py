@@ -286,7 +286,7 @@ def draw_degradation_sheet(
     kinds, levels = chosen_kinds(names), [0, *chosen_severities(severities)]
     rows = np.linspace(0, len(source) - 1, len(kinds)).astype(np.int64)
     pixels, rows, _ = source.read(
-        rows, encoder.image_size, channels=encoder.channels, how=encoder.fit, on_error="skip", skip_limit=1.0
+        rows, encoder.image_size, channels=encoder.channels, how=encoder.fit, on_error="skip", skip_limit=None
     )
     figure = Figure(figsize=(1.25 * len(levels) + 0.5, 1.25 * len(kinds) + 0.4), layout="constrained")
     FigureCanvasAgg(figure)

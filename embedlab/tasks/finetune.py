@@ -159,7 +159,7 @@ def finetune(
         "split_seed": data.seed,
         "labels_per_class": data.labels_per_class,
         "on_error": data.on_error,
-        "skipped_images": [name for role in ("train", "test") for name in data.dataset(role).skipped],
+        "skipped_images": _skipped(data, rows),
         "views": asdict(data.views) if isinstance(data.views, Views) else str(data.views),
         "batch_size": data.batch_size,
         "steps": steps,
@@ -196,14 +196,26 @@ def _threshold(model: Classification, data: ImageData, positive: str, beta: floa
     if not (data.roles == "calibrate").any():
         return 0.5
     dataset = data.dataset("calibrate")
-    parts = []
+    parts, labels = [], []
     model.eval()
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         for start in range(0, len(dataset), data.batch_size):
             batch = dataset[list(range(start, min(start + data.batch_size, len(dataset))))].to(model.device)
             parts.append(model(data.plain(batch.views[0])).float().softmax(dim=1).cpu().numpy())
+            assert batch.labels is not None
+            labels.append(batch.labels.cpu().numpy())  # of those that could be read
     number = data.class_names.index(positive)
-    return best_threshold(np.concatenate(parts)[:, number], dataset.labels == number, beta=beta)
+    return best_threshold(np.concatenate(parts)[:, number], np.concatenate(labels) == number, beta=beta)
+
+
+def _skipped(data: ImageData, tested: np.ndarray) -> list[str]:
+    """Images that could not be read, as far as this process knows: of those trained on, only if they were held."""
+    assert data.source is not None
+    lost = np.setdiff1d(np.flatnonzero(data.roles == "test"), tested)
+    others = [
+        name for role in ("train", "calibrate") if (data.roles == role).any() for name in data.dataset(role).skipped
+    ]
+    return list(dict.fromkeys([*others, *(data.source.names[row] for row in lost)]))
 
 
 def _decided(probabilities: np.ndarray, data: ImageData, positive: str | None, threshold: float | None) -> np.ndarray:
