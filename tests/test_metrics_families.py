@@ -405,7 +405,10 @@ ONES = np.ones((2, 2), dtype=int)
         (lambda: metrics.calibration_error([[0.5, 0.6]], [1]), "adding up to 1.*sums 1.1"),
         (lambda: metrics.calibration_error([0.5], [2]), r"target must be 0 and 1.*got \[2\]"),
         (lambda: metrics.calibration_error([0.5], [1], bins=0), "bins must be a whole number of at least 1, got 0"),
-        (lambda: metrics.calibration_error([0.5], [1], bins="15"), "bins must be a whole number of at least 1, got 15"),
+        (
+            lambda: metrics.calibration_error([0.5], [1], bins="15"),
+            "bins must be a whole number of at least 1, got '15'",
+        ),
         (lambda: metrics.calibration_error([0.5], [1], norm="l3"), "norm must be 'l1', 'l2' or 'max', got 'l3'"),
         (lambda: metrics.calibration_error([], []), r"at least one row, got shape \(0,\)"),
         (lambda: metrics.mean_iou(ONES, ONES[0], classes=2), r"shape \(2, 2\) for a target of \(2,\)"),
@@ -631,3 +634,9 @@ def test_many_classes_need_no_table_of_all_by_all() -> None:
     assert peak < 5e6
     assert nmi == pytest.approx(sklearn.metrics.normalized_mutual_info_score(labels, clusters), abs=1e-12)
     assert ari == pytest.approx(sklearn.metrics.adjusted_rand_score(labels, clusters), abs=1e-12)
+
+
+def test_counts_may_be_scalars_of_arrays_and_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    for classes in (np.array(2), np.int64(2), torch.tensor(2), 2.0):
+        assert metrics.mean_iou(ONES, ONES, classes=classes) == metrics.mean_iou(ONES, ONES, classes=2)

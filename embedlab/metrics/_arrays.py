@@ -107,9 +107,10 @@ def encode_together(first: Array, second: Array, names: str) -> tuple[Integers, 
 
 def as_count(value: Any, asked: str) -> int:
     """A whole number of at least 1, as 3 or 3.0; `asked` begins the error, such as "classes must be"."""
-    number = float(value) if isinstance(value, numbers.Real) else math.nan
+    plain = value.item() if getattr(value, "ndim", None) == 0 else value  # of numpy or torch
+    number = float(plain) if isinstance(plain, numbers.Real) else math.nan
     if not number.is_integer() or number < 1:
-        raise ValueError(f"{asked} a whole number of at least 1, got {value}.")
+        raise ValueError(f"{asked} a whole number of at least 1, got {value!r}.")
     return int(number)
 
 
