@@ -520,25 +520,27 @@ def _require(options: argparse.Namespace, switch: str, *names: str) -> None:
         )
 
 
+_READ = ("path", "reference", "calibrate", "labels", "encoder", "compare", "gallery")
+
+
 def _spare_inputs(options: argparse.Namespace, *outputs: str) -> None:
     """Refuse to write over what is read, before any work is done."""
-    inputs = [value for name, value in vars(options).items() if name not in outputs]
-    flat = [part for value in inputs for part in (value if isinstance(value, list | tuple) else [value])]
-    there = [os.path.realpath(part) for part in flat if isinstance(part, str | Path) and os.path.exists(part)]
+    given = [getattr(options, name, None) for name in _READ]
+    flat = [part for value in given for part in (value if isinstance(value, list) else [value])]
+    taken = [os.path.realpath(part) for part in flat if part is not None and os.path.exists(part)]
     for name in outputs:
         path = getattr(options, name)
-        if path is None:
+        if path is None or _streams(path):
             continue
         flag, place = f"--{name}", os.path.realpath(path)
         if os.path.isdir(place):
             raise ValueError(f"{path} is a folder; {flag} takes the file to write, such as {path}/report.html.")
-        for read in there if os.path.isfile(place) else []:
-            if os.path.commonpath([read, place]) == read:
-                what = "what is read" if read == place else f"a file in {read}, which is read"
-                raise ValueError(
-                    f"{flag} {path} would overwrite {what}; name another file, or delete that one first if it is no "
-                    "longer needed."
-                )
+        if place in taken or (os.path.isfile(place) and not _is_document(place) and _lies_in(place, taken)):
+            raise ValueError(
+                f"{flag} {path} would overwrite what is read or written by the same command; name another file, or "
+                "delete that one first if it is no longer needed."
+            )
+        taken.append(place)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -547,6 +549,23 @@ def _spare_inputs(options: argparse.Namespace, *outputs: str) -> None:
             ) from error
         if not os.access(path.parent, os.W_OK):
             raise ValueError(f"{flag} {path}: nothing can be written in {path.parent}; choose another folder.")
+
+
+def _lies_in(place: str, folders: Sequence[str]) -> bool:
+    return any(os.path.isdir(folder) and os.path.commonpath([folder, place]) == folder for folder in folders)
+
+
+def _is_document(place: str) -> bool:
+    """Whether a file is a report or a result of ours, which may be made anew."""
+    with open(place, "rb") as file:
+        begin = file.read(64)
+    return begin.startswith((b"<!doctype html>", b'{\n "results": '))
+
+
+def _streams(path: Path) -> bool:
+    """Whether it is a pipe, a terminal or the like, which takes text as it comes."""
+    special = os.path.abspath(path).startswith(("/dev/", "/proc/"))
+    return special or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 # ---- reading what PATH names ---------------------------------------------------------------------------------------
@@ -560,8 +579,23 @@ def _selection(pairs: list[str] | None) -> dict[str, list[str]] | None:
         column, equals, values = pair.partition("=")
         if not equals or not column or not values:
             raise ValueError(f"--select takes COLUMN=VALUE, got {pair!r}; such as --select split=test.")
-        selected.setdefault(column, []).extend(next(csv.reader([values])))
+        selected.setdefault(column, []).extend(_values(pair, values))
     return selected
+
+
+def _values(pair: str, text: str) -> list[str]:
+    """Separated by commas; one in double quotes may hold a comma."""
+    if '"' not in text:
+        return text.split(",")
+    try:
+        values = next(csv.reader([text], strict=True))
+    except csv.Error as error:
+        raise ValueError(
+            f'--select {pair}: {error}; a quoted value is "A, B", with a comma behind it or the end.'
+        ) from error
+    if any('"' in value for value in values):
+        raise ValueError(f"--select {pair}: a quote within a value; quote the whole of it, without a blank before.")
+    return values
 
 
 def _is_vectors(path: str) -> bool:
@@ -1281,10 +1315,10 @@ def _report(options: argparse.Namespace) -> Result:
 
 def _write(path: Path, text: str) -> None:
     """A file appears whole or stays what it was; a pipe or a terminal gets the text."""
-    if path.exists() and not path.is_file():
+    if _streams(path):
         path.write_text(text, encoding="utf-8")
     else:
-        write_file(path, text.encode())
+        write_file(Path(os.path.realpath(path)), text.encode())  # through a link to what it leads to
 
 
 def _write_report(path: Path, document: str) -> Result:

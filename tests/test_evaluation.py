@@ -253,10 +253,34 @@ def test_what_is_read_is_not_written_over(folder, tmp_path, capsys, option) -> N
         assert main(list(map(str, ["evaluate", path, *encoder, option, out]))) == 1
         assert f"{option} {out} would overwrite" in capsys.readouterr().err
         assert out.read_bytes() == before
+    again = list(map(str, ["evaluate", place, option, place / "mine.html"]))
+    assert [main(again), main(again)] == [0, 0], "what a command has written it may write anew"
+    assert main(["evaluate", str(place), "--out", str(tmp_path / "x"), "--report", str(tmp_path / "x")]) == 1
+    assert "--report" in capsys.readouterr().err
     assert main(list(map(str, ["evaluate", place, option, place / "rows.csv" / "x.html"]))) == 1
     assert f"there is no folder {place / 'rows.csv'}, and none can be made" in capsys.readouterr().err
     assert main(["audit", str(place), "--out", str(place / "rows.csv")]) == 1
-    assert "would overwrite a file in" in capsys.readouterr().err
+    assert "would overwrite what is read" in capsys.readouterr().err
+
+
+def test_a_link_is_followed_and_a_pipe_is_written_to(tmp_path, capsys) -> None:
+    place = stored(tmp_path / "vectors", people(3, 3, 0.5))
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    real.write_text("before")
+    link.symlink_to(real)
+    assert main(["evaluate", str(place), "--out", str(link)]) == 0
+    assert link.is_symlink()
+    assert "results" in json.loads(real.read_text())
+    capsys.readouterr()
+    with (tmp_path / "caught").open("w") as file:
+        assert main(["evaluate", str(place), "--out", f"/dev/fd/{file.fileno()}"]) == 0
+    assert "results" in json.loads((tmp_path / "caught").read_text())
+
+
+@pytest.mark.parametrize("choice", ['label="a, b', 'label=a, "b,c"', 'label="a"b'])
+def test_a_value_with_a_stray_quote_is_refused(folder, capsys, choice) -> None:
+    call = ["evaluate", folder / "all.csv", "--encoder", folder / "a" / "encoder", "--select", choice]
+    assert f"--select {choice}: " in refused(capsys, *call)
 
 
 def test_rows_are_selected_by_all_that_is_given(folder, tmp_path, capsys) -> None:
@@ -476,12 +500,27 @@ def test_no_verdict_on_few_identities_and_no_interval_without_an_error(tmp_path)
     assert (perfect["eer"], perfect["intervals"]["eer"]) == (0, None)
     assert perfect["intervals"]["tar_at_0.1"] is None
     result = compare(*found)
-    assert result["identities"] == 9
+    assert {row["identities"] for row in result["figures"].values()} == {9}
     assert result["figures"]["map_at_r"]["interval"][0] > 0
     assert all(row["better"] is None for row in result["figures"].values())
     assert to_text(result).endswith(
-        "With fewer than 20 identities intervals are too short, and neither is called better."
+        "Over fewer than 20 identities intervals are too short, and neither is called better."
     )
+
+
+def test_identities_without_a_match_do_not_count_for_a_verdict(tmp_path) -> None:
+    found = []
+    for name, noise in (("ours", 0.05), ("theirs", 1.6)):
+        held = people(33, 4, noise, seed=len(name))
+        rows = np.r_[0:12, 12:132:4]  # three with mates, thirty alone
+        held = Embeddings(held.vectors[rows], [held.labels[row] for row in rows], held.ids[rows])
+        place = stored(tmp_path / name, held)
+        found.append(evaluate(stored_subject(str(place), name=name), Plan(path=str(place))))
+    result = compare(*found)
+    assert {row["identities"] for row in result["figures"].values()} == {3}
+    assert all(row["better"] is None for row in result["figures"].values())
+    same = compare(found[0], found[0])["figures"]
+    assert all(row["interval"] is None for row in same.values()), "no draw differs from another"
 
 
 def test_rows_are_paired_by_their_ids(tmp_path) -> None:
@@ -602,9 +641,9 @@ def test_what_so_few_images_cannot_say_is_said(tmp_path, caplog, capsys) -> None
     assert main(["evaluate", path, "--knn-k", "3"]) == 0
     assert "candidates vote" not in caplog.text
     caplog.clear()
-    many = stored(tmp_path / "many", people(30, 3, 1))
+    many = stored(tmp_path / "many", people(30, 3, 0.05, dim=4))
     found = evaluate(stored_subject(str(many)), Plan(path=str(many)))
-    told = "k-NN with k = 20 lets 20 images vote where the typical identity has 2 to find, so that others outvote it"
+    told = "k-NN with k = 20 lets 20 images vote where the typical identity has 2 to find, and is outvoted by others"
     assert told in found.figures["warnings"][0]
     assert told in caplog.text
     document = evaluation.evaluation_report([found], None, protocol_for(found))
@@ -617,7 +656,7 @@ def test_a_collapsed_embedding_is_told_and_its_charts_are_drawn(tmp_path) -> Non
     vectors += 1e-7 * np.random.default_rng(0).normal(size=vectors.shape).astype(np.float32)
     place = stored(tmp_path / "v", Embeddings(vectors, held.labels, held.ids))
     found = evaluate(stored_subject(str(place)), Plan(path=str(place)))
-    assert [text for text in found.figures["warnings"] if text.startswith("The embedding has collapsed")]
+    assert [text for text in found.figures["warnings"] if text.startswith("The embedding has all but collapsed")]
     document = evaluation.evaluation_report([found], None, protocol_for(found))
     ticks = re.findall(r">(0\.99\d+|1)</text>", document)
     assert len(set(ticks)) > 2, "the cosines' axis has numbers that differ"

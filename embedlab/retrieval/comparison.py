@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from embedlab.metrics import bootstrap_interval, bootstrap_intervals
+from embedlab.metrics import bootstrap_interval, bootstrap_intervals, told_interval
 from embedlab.retrieval.evaluation import Evaluation, Verification, enough, interval_of
 from embedlab.retrieval.subjects import Reading
 
 VERDICT = 20  # identities at least: of fewer, resampling finds intervals that are too short
-TOO_FEW = f"With fewer than {VERDICT} identities intervals are too short, and neither is called better."
+TOO_FEW = f"Over fewer than {VERDICT} identities intervals are too short, and neither is called better."
 LOWER_IS_BETTER = frozenset({"eer", "observed_fpir"})
 
 
@@ -20,22 +20,23 @@ def compare(first: Evaluation, second: Evaluation) -> dict[str, Any]:
     """Two subjects on the same images: differences first - second, with paired intervals over the same identities.
 
     Returns:
-        `identities`: how many. `figures`: name to first, second, difference, interval (95 %), and `better`: the name
-        of the one that is better where the interval leaves out 0, and None elsewhere or with fewer than `VERDICT`
-        identities.
+        `figures`: name to first, second, difference, interval (95 %; None where no draw differs from another),
+        `identities`: over how many, and `better`: the name of the one that is better where the interval leaves out 0,
+        and None elsewhere or with fewer than `VERDICT` identities.
 
     Raises:
         ValueError: Not the same images, by path or else by id, in the same order.
     """
     _require_same_images(first, second)
     pairs: dict[str, tuple[float, float, tuple[float, float] | None, int]] = {}
-    identities = len(set(first.labels))
+    found = first.per_query["recall_at_1"]  # identities without a match have no say in it, nor in the pairs
+    identities = len({label for label, value in zip(first.labels, found.tolist(), strict=True) if value == value})
     both = {name: (first.per_query[name], second.per_query[name]) for name in first.per_query}
     if enough(first.per_query["recall_at_1"], first.labels):
         differences = {name: one - other for name, (one, other) in both.items()}
         for name, interval in bootstrap_intervals(differences, first.labels).items():
             one, other = (float(np.nanmean(side)) for side in both[name])
-            pairs[name] = (one, other, interval, identities)
+            pairs[name] = (one, other, told_interval(interval, ()), identities)
     if first.verification and second.verification:
         exact = [_verification_values(one.verification) for one in (first, second) if one.verification]
         for name, values in first.verification.resamples.items():
@@ -44,18 +45,19 @@ def compare(first: Evaluation, second: Evaluation) -> dict[str, Any]:
     if first.open_set and second.open_set:
         for name, rates in first.open_set.probed.rates.items():
             others = second.open_set.probed.rates[name]
-            interval_here = bootstrap_interval(rates - others, np.arange(len(rates))) if len(rates) > 1 else None
+            drawn = bootstrap_interval(rates - others, np.arange(len(rates))) if len(rates) > 1 else None
+            interval_here = None if drawn is None else told_interval(drawn, ())
             pairs[name] = (float(rates.mean()), float(others.mean()), interval_here, len(rates))
     return {
         "first": first.name,
         "second": second.name,
-        "identities": identities,
         "figures": {
             name: {
                 "first": one,
                 "second": other,
                 "difference": one - other,
                 "interval": interval,
+                "identities": count,
                 "better": _better(name, interval, (first.name, second.name)) if count >= VERDICT else None,
             }
             for name, (one, other, interval, count) in pairs.items()
@@ -94,6 +96,11 @@ def _require_same_images(first: Evaluation, second: Evaluation) -> None:
             )
 
 
+def any_too_few(found: Mapping[str, Any]) -> bool:
+    """Whether a figure is over too few identities for a verdict."""
+    return any(row["identities"] < VERDICT for row in found["figures"].values())
+
+
 def to_text(found: dict[str, Any]) -> str:
     """The differences as lines for a terminal."""
     width = 2 + max(map(len, found["figures"]), default=0)
@@ -102,6 +109,6 @@ def to_text(found: dict[str, Any]) -> str:
         interval = "" if row["interval"] is None else " [{:+.4f}, {:+.4f}]".format(*row["interval"])
         verdict = f"  {row['better']} is better" if row["better"] else ""
         lines.append(f"{name:{width}}{row['difference']:+.4f}{interval}{verdict}")
-    if found["identities"] < VERDICT:
+    if any_too_few(found):
         lines.append(TOO_FEW)
     return "\n".join(lines)

@@ -261,16 +261,17 @@ def _doubts(
             f"none of {len(sizes)} equally large ones does where an image is searched among the others; choose a "
             "smaller --knn-k."
         )
-    elif plan.knn_k > 4 * max(1, mates):
+    elif plan.knn_k > 4 * max(1, mates) and figures["knn_accuracy"] < figures["recall_at_1"] - 0.1:
         found.append(
             f"k-NN with k = {plan.knn_k} lets {plan.knn_k} images vote where the typical identity has {mates} to find, "
-            "so that others outvote it; choose a smaller --knn-k."
+            "and is outvoted by others: it falls well behind recall@1. Choose a smaller --knn-k."
         )
     health = figures["health"]
     if health["feature_std"] * query.vectors.shape[1] ** 0.5 < COLLAPSED:
         found.append(
-            f"The embedding has collapsed: all images have nearly the same vector (effective rank "
-            f"{health['effective_rank']:.1f}), and what ranks them is rounding."
+            "The embedding has all but collapsed: all vectors lie within a narrow cone (feature std x root D below "
+            f"{COLLAPSED}, where 1 is healthy; effective rank {health['effective_rank']:.1f}), so that rounding and "
+            "bfloat16 may decide who is nearest."
         )
     return found
 
@@ -343,7 +344,7 @@ def _counted(side: Reading) -> dict[str, Any]:
 
 
 def _digest(found: Embeddings) -> str:
-    """BLAKE2b over vectors, labels and ids: of two readings with one digest all figures are the same."""
+    """BLAKE2b over vectors, labels and ids, which with the columns that the plan names decide all figures."""
     digest = hashlib.blake2b(json.dumps([found.vectors.shape, found.labels]).encode(), digest_size=16)
     for part in (found.vectors, found.ids):
         digest.update(np.ascontiguousarray(part).data)

@@ -92,9 +92,9 @@ def embed_degraded(
                 ids = clean.ids[rows]
                 pixels, _, _ = source.read(ids, encoder.image_size, channels=encoder.channels, how=encoder.fit)
                 images, index = torch.from_numpy(pixels), torch.from_numpy(ids)
-                for (name, severity), found in vectors.items():
-                    found[rows] = encoder.embed(
-                        degrade(images, index, name, severity, seed=seed).numpy(),
+                for condition in vectors:
+                    vectors[condition][rows] = encoder.embed(
+                        degrade(images, index, *condition, seed=seed).numpy(),
                         batch_size=batch_size,
                         precision=precision,
                         progress=False,
@@ -197,6 +197,7 @@ def evaluate_robustness(
                 report = evaluate_gallery(trial, take(query, probing))
                 rates[condition] = report.probed.rates
                 rows[-1]["open_set"] = trial_figures(report, gallery, seed)
+            del query  # before the next is made
     per_query = _averaged(values)
     means: dict[str, dict[str, Any]] = {
         group: {name: float(np.nanmean(each)) for name, each in found.items()}

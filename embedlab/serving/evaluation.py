@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from embedlab.metrics import open_set_curve
-from embedlab.retrieval.comparison import TOO_FEW, VERDICT
+from embedlab.retrieval.comparison import TOO_FEW, any_too_few
 from embedlab.retrieval.evaluation import Evaluation, Verification
 from embedlab.retrieval.findings import class_figures
 from embedlab.retrieval.open_set import OpenSetReport
@@ -234,7 +234,7 @@ def _summary(found: Sequence[Evaluation], comparison: Mapping[str, Any] | None) 
             ("With 95% intervals by resampling identities." if found[0].figures["identities"] > 1 else "No intervals.")
             + (
                 " Differences are paired: both are resampled together, over the same identities. In percentage points."
-                + (f" {TOO_FEW}" if comparison["identities"] < VERDICT else "")
+                + (f" {TOO_FEW}" if any_too_few(comparison) else "")
                 if comparison
                 else ""
             ),
