@@ -241,7 +241,7 @@ PLANE, TWO = np.eye(2), [0, 0]
     [
         (lambda: metrics.recall_at_k([[1, 2], [1]], TWO), "Not an array .*rows of different lengths"),
         (lambda: metrics.recall_at_k(PLANE, TWO, k=[1, 5]), r"whole number of at least 1, got \[1, 5\]"),
-        (lambda: metrics.recall_at_k(PLANE, TWO, k="1"), "whole number of at least 1, got 1"),
+        (lambda: metrics.recall_at_k(PLANE, TWO, k="1"), "whole number of at least 1, got '1'"),
         (lambda: metrics.recall_at_k(PLANE, TWO, k=float("inf")), "whole number of at least 1, got inf"),
         (lambda: metrics.retrieval_report(PLANE, TWO, k=5), "list of depths such as .*, got 5"),
         (lambda: metrics.knn_accuracy(PLANE, TWO, temperature="x"), "temperature > 0, got x"),
