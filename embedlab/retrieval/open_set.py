@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from embedlab._types import Embeddings
-from embedlab.metrics import bootstrap_interval, wilson_interval
+from embedlab.metrics import bootstrap_interval, told_interval
 from embedlab.retrieval.gallery import Gallery
 
 Interval = tuple[float, float]
@@ -202,7 +202,9 @@ def _per_identity(values: Any, labels: Any) -> Rates:
 
 
 def rate_interval(rates: Any) -> Interval:
-    """Over identities; where all are alike resampling says nothing, and the score interval of a share does."""
-    if len(rates) < 2 or np.ptp(rates) == 0:
-        return wilson_interval(float(rates.sum()), len(rates))
-    return bootstrap_interval(rates, np.arange(len(rates)))
+    """Over identities; where no draw differs from another, as of one alone, the score interval of a share."""
+    identities, share = np.arange(len(rates)), float(rates.mean())
+    drawn = bootstrap_interval(rates, identities) if len(rates) > 1 else (share, share)
+    found = told_interval(drawn, identities, share=share)
+    assert found is not None  # of a share there always is one
+    return found
